@@ -1,0 +1,445 @@
+"""Step Jacobians and their long products, exact at any length.
+
+::
+
+    J[t] = ∂s[t+1]/∂s[t] = D[t] + G[t]            at the old state, row = output
+    ∂s_T/∂s_k = J[T−1] · … · J[k+1] · J[k]        newest factor on the left,   lag = T − k
+
+One reverse scan gives the chain for every k at once: its rows are cotangents, and pulling them back by one step
+multiplies the product by J[k] from the right.  J itself is never formed: a vectorised VJP costs one matrix product with
+the cell's own weights, for the LSTM (R × 4N)(4N × N) in place of forming J and multiplying by it.  The product is kept
+as :class:`rnngrad.logscaled.LogScaled` and rescaled at every step by a power of two, which is exact.
+
+Paths (``path=``) are products of parts of J:
+
+``full``            ∏(D + G), the true ∂s_T/∂s_k
+``direct``          ∏D; for the LSTM's memory exactly ∏f
+``remainder``       full − direct, from its own recursion R' = R J + P G with P = ∏D, so nothing cancels
+``only:<gate>``     ∏(D + G_j): only that gate's path open beside the direct one
+``without:<gate>``  ∏(J − G_j): only that gate's path cut
+
+Complex states count as real pairs (Re, Im).  Matrix products run at highest matmul precision on every backend.
+Chains take one sequence; ``jax.vmap`` gives a batch of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from rnngrad import logscaled
+from rnngrad.logscaled import LogScaled
+from rnngrad.types import Cell, Params, State, check_finite, check_inputs, check_like, leaf_names, select_names
+from rnngrad.unroll import states_before
+
+MATMUL_PRECISION = "highest"
+
+
+# --- the state as one real vector ------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """How a state pytree lies in one real vector: leaf after leaf, a complex leaf as all Re then all Im.  Hashable."""
+
+    treedef: Any
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    is_complex: tuple[bool, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Real entries of each leaf."""
+        return tuple(
+            int(np.prod(shape)) * (2 if is_complex else 1)
+            for shape, is_complex in zip(self.shapes, self.is_complex, strict=True)
+        )
+
+    def flatten(self, state: State) -> Float[Array, " S"]:
+        """Returns the state as one real vector of length S."""
+        parts = []
+        for leaf, is_complex in zip(jax.tree.leaves(state), self.is_complex, strict=True):
+            parts += [leaf.real.ravel(), leaf.imag.ravel()] if is_complex else [leaf.ravel()]
+        return jnp.concatenate(parts)
+
+    def unflatten(self, vector: Float[Array, " S"]) -> State:
+        """Returns the state that lies in ``vector``."""
+        leaves = []
+        pieces = jnp.split(vector, np.cumsum(self.sizes)[:-1])
+        for piece, shape, is_complex in zip(pieces, self.shapes, self.is_complex, strict=True):
+            if is_complex:
+                piece = jax.lax.complex(*jnp.split(piece, 2))
+            leaves.append(piece.reshape(shape))
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def block(self, name: str | None, *, what: str = "block") -> np.ndarray:
+        """Returns the positions of a block in the vector: a field name, a leading part of one, or None for all."""
+        chosen = select_names(self.names, name, what=what)
+        return np.flatnonzero(np.repeat(chosen, self.sizes))
+
+
+def layout_of(state: State) -> Layout:
+    """Returns the layout of a state (or of its shapes)."""
+    leaves, treedef = jax.tree.flatten(state)
+    return Layout(
+        treedef,
+        leaf_names(state),
+        tuple(jnp.shape(leaf) for leaf in leaves),
+        tuple(bool(jnp.issubdtype(leaf.dtype, jnp.complexfloating)) for leaf in leaves),
+    )
+
+
+def select_columns(matrix: Array, positions: np.ndarray) -> Array:
+    """Selects columns, as a slice where they are contiguous (a gather inside a scan is slow)."""
+    if len(positions) == positions[-1] - positions[0] + 1:
+        return matrix[..., positions[0] : positions[-1] + 1]
+    return matrix[..., positions]
+
+
+# --- one step, as maps on cotangents ---------------------------------------------------------------------------------
+
+Pull = Callable[[Array], Array]
+
+
+class StepPulls(NamedTuple):
+    """Pull-backs of one step; each maps rows (R, S) to rows (R, S)."""
+
+    full: Pull
+    """rows · J"""
+    direct: Pull
+    """rows · D"""
+    gated: Pull
+    """rows · G"""
+    selected: Pull
+    """rows · (D + the chosen terms of G)"""
+
+
+def step_pulls(
+    cell: Cell, params: Params, state: State, x: Any, layout: Layout, gate_is_open: tuple[bool, ...] | None = None
+) -> StepPulls:
+    """Returns the pull-backs of one step at ``(state, x)``.
+
+    Args:
+      cell: the cell.
+      params: its parameters.
+      state: the old state.
+      x: the input.
+      layout: of the state.
+      gate_is_open: for ``selected``, which leaves of z let cotangents through; None for all.
+    """
+    vector = layout.flatten(state)
+
+    def preactivate(v):
+        return cell.preactivate(params, layout.unflatten(v), x)
+
+    def update(z, v):
+        return layout.flatten(cell.update(params, z, layout.unflatten(v))[0])
+
+    with jax.default_matmul_precision(MATMUL_PRECISION):
+        z, pull_preactivate = jax.vjp(preactivate, vector)
+        _, pull_update = jax.vjp(update, z, vector)
+
+    def part(row, *, direct: bool, is_open: tuple[bool, ...] | None, gated: bool = True):
+        z_bar, from_direct = pull_update(row)
+        if not gated:
+            return from_direct
+        if is_open is not None:
+            leaves, treedef = jax.tree.flatten(z_bar)
+            leaves = [leaf if keep else jnp.zeros_like(leaf) for leaf, keep in zip(leaves, is_open, strict=True)]
+            z_bar = jax.tree.unflatten(treedef, leaves)
+        (from_gates,) = pull_preactivate(z_bar)
+        return from_direct + from_gates if direct else from_gates
+
+    return StepPulls(
+        full=jax.vmap(functools.partial(part, direct=True, is_open=None)),
+        direct=jax.vmap(functools.partial(part, direct=True, is_open=None, gated=False)),
+        gated=jax.vmap(functools.partial(part, direct=False, is_open=None)),
+        selected=jax.vmap(functools.partial(part, direct=True, is_open=gate_is_open)),
+    )
+
+
+def gate_names(cell: Cell, params: Params, state: State, xs: Any) -> tuple[str, ...]:
+    """Returns the names that ``only:`` and ``without:`` take: the leaves of z, e.g. ``("i", "f", "g", "o")``.
+
+    >>> import jax
+    >>> import rnngrad as rg
+    >>> cell = rg.cells.gru(3, 5)
+    >>> rg.gate_names(cell, cell.init(jax.random.key(0)), cell.init_state(), jax.numpy.ones((1, 3)))
+    ('r', 'u', 'n', 'a')
+    """
+    first = jax.tree.map(lambda leaf: leaf[0], xs)
+    return leaf_names(jax.eval_shape(cell.preactivate, params, state, first))
+
+
+class Path(NamedTuple):
+    """A parsed ``path=``: which chain, and for ``only``/``without`` which gates stay open."""
+
+    kind: str
+    gate_is_open: tuple[bool, ...] | None
+
+
+def parse_path(path: str, names: tuple[str, ...]) -> Path:
+    """Returns the parsed path.
+
+    Raises:
+      ValueError: unknown path or gate; names what exists.
+    """
+    if path in ("full", "direct", "remainder"):
+        return Path(path, None)
+    kind, colon, gate = path.partition(":")
+    if not colon or kind not in ("only", "without"):
+        raise ValueError(
+            f"unknown path {path!r}; expected 'full', 'direct', 'remainder', 'only:<gate>' or 'without:<gate>'"
+        )
+    chosen = select_names(names, gate, what="gate")
+    return Path("selected", chosen if kind == "only" else tuple(not keep for keep in chosen))
+
+
+# --- the reverse scan ------------------------------------------------------------------------------------------------
+
+
+def reverse_scan(
+    cell: Cell,
+    params: Params,
+    old_states: State,
+    xs: Any,
+    layout: Layout,
+    carry: Any,
+    advance: Callable[[StepPulls, Any], Any],
+    emit: Callable[[Any], Any],
+    gate_is_open: tuple[bool, ...] | None = None,
+) -> tuple[Any, Any]:
+    """Returns the carry pulled back to s_0 and what ``emit`` saw of it at every k = 0 … T−1, stacked in that order.
+
+    The one scan that every chain, path and cotangent goes through.
+    """
+
+    def body(carry, inputs):
+        state, x = inputs
+        carry = advance(step_pulls(cell, params, state, x, layout, gate_is_open), carry)
+        return carry, emit(carry)
+
+    return jax.lax.scan(body, carry, (old_states, xs), reverse=True)
+
+
+def pulled(pull: Pull, rows: LogScaled) -> LogScaled:
+    """Returns the rows pulled back by one step, rescaled."""
+    return logscaled.rescale(LogScaled(pull(rows.mantissa), rows.exponent))
+
+
+def advance_for(kind: str) -> Callable[[StepPulls, Any], Any]:
+    """Returns how the carry of a path moves by one step: a LogScaled, or (remainder, direct) for the remainder."""
+    if kind == "remainder":
+
+        def advance(pulls, carry):
+            rest, direct = carry
+            rest = logscaled.add(pulled(pulls.full, rest), pulled(pulls.gated, direct))
+            return rest, pulled(pulls.direct, direct)
+
+        return advance
+    return lambda pulls, carry: pulled(getattr(pulls, kind), carry)
+
+
+def real_dtype(state: State) -> np.dtype:
+    """Returns the floating dtype of a state; that of the parts for a complex one."""
+    return jnp.finfo(jax.tree.leaves(state)[0].dtype).dtype
+
+
+def identity_rows(layout: Layout, dtype: np.dtype, of: str | None) -> LogScaled:
+    """Returns ∂s_T/∂s_T: the rows of the identity that belong to block ``of``."""
+    rows = layout.block(of)
+    eye = jnp.zeros((len(rows), sum(layout.sizes)), dtype).at[np.arange(len(rows)), rows].set(1)
+    return logscaled.from_array(eye)
+
+
+def _start(kind: str, rows: LogScaled) -> Any:
+    if kind == "remainder":
+        return LogScaled(jnp.zeros_like(rows.mantissa), rows.exponent), rows
+    return rows
+
+
+def _of_carry(kind: str, carry: Any) -> LogScaled:
+    return carry[0] if kind == "remainder" else carry
+
+
+def _prepend_last(last: Any, stacked: Any) -> Any:
+    """Puts the value at k = T behind those at k = 0 … T−1."""
+    return jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), stacked, last)
+
+
+@functools.partial(jax.jit, static_argnames=("cell", "layout", "path", "reduce"))
+def _chain(cell, params, old_states, xs, rows, *, layout, path, reduce):
+    carry = _start(path.kind, rows)
+
+    def emit(carry):
+        return reduce(_of_carry(path.kind, carry))
+
+    _, stacked = reverse_scan(
+        cell, params, old_states, xs, layout, carry, advance_for(path.kind), emit, path.gate_is_open
+    )
+    return _prepend_last(emit(carry), stacked)
+
+
+@functools.partial(jax.jit, static_argnames=("cell",))
+def _states_before(cell, params, state, xs):
+    return states_before(cell, params, state, xs)
+
+
+def prepare(
+    cell: Cell, params: Params, state: State, xs: Any, *, path: str = "full", of: str | None = None, wrt: str | None = None
+) -> tuple[Layout, Path]:
+    """Returns the state's layout and the parsed path, after every check that a chain's arguments owe the user."""
+    check_inputs(cell, params, state, xs, one_sequence=True)
+    check_finite(params, state, xs)
+    layout = layout_of(state)
+    layout.block(of, what="block of=")
+    layout.block(wrt, what="block wrt=")
+    return layout, parse_path(path, gate_names(cell, params, state, xs))
+
+
+@functools.partial(jax.jit, static_argnames=("cell",))
+def _step_jacobians(cell, params, state, xs):
+    layout = layout_of(state)
+    old_states = states_before(cell, params, state, xs)
+    eye = jnp.eye(sum(layout.sizes), dtype=real_dtype(state))
+
+    def at(old, x):
+        return step_pulls(cell, params, old, x, layout).full(eye)
+
+    return jax.vmap(at)(old_states, xs)
+
+
+def step_jacobians(
+    cell: Cell, params: Params, state: State, xs: Any, *, of: str | None = None, wrt: str | None = None
+) -> Float[Array, "T M N"]:
+    """Returns J[t] = ∂s[t+1]/∂s[t] for every step, row = output, as one array.
+
+    Memory is T·S² numbers; for long sequences use :func:`retention` or :func:`jacobian_chain`.
+
+    Args:
+      cell: the cell.
+      params: its parameters.
+      state: s_0, one sequence.
+      xs: inputs, shape (T, D).
+      of: block of rows by field name (``"c"``), None for the whole state.
+      wrt: block of columns.
+
+    Raises:
+      ValueError: inputs that do not fit, NaN or inf in them, or an unknown block.
+
+    >>> import jax
+    >>> import rnngrad as rg
+    >>> cell = rg.cells.lstm(3, 5)
+    >>> xs = jax.random.normal(jax.random.key(1), (7, 3))
+    >>> rg.step_jacobians(cell, cell.init(jax.random.key(0)), cell.init_state(), xs, of="c").shape
+    (7, 5, 10)
+    """
+    layout, _ = prepare(cell, params, state, xs, of=of, wrt=wrt)
+    rows, columns = layout.block(of), layout.block(wrt)
+    return _step_jacobians(cell, params, state, xs)[:, rows][:, :, columns]
+
+
+def jacobian_chain(
+    cell: Cell,
+    params: Params,
+    state: State,
+    xs: Any,
+    *,
+    of: str | None = None,
+    wrt: str | None = None,
+    path: str = "full",
+    cotangent: State | None = None,
+    reduce: Callable[[LogScaled], Any] | None = None,
+) -> Any:
+    """Returns ∂s_T/∂s_k for every k = 0 … T as LogScaled matrices, from one reverse scan.
+
+    Entry k of the leading axis belongs to lag T − k; the last one is the identity block.
+
+    Args:
+      cell: the cell.
+      params: its parameters.
+      state: s_0, one sequence.
+      xs: inputs, shape (T, D).
+      of: block of rows by field name (``"c"``, ``"layer_1.h"``), None for the whole state.
+      wrt: block of columns.
+      path: which paths of the gradient; see the module docstring.
+      cotangent: ∂L/∂s_T of a loss of the last state, in the structure of the state; the chain is then ∂L/∂s_k, one row
+        (M = 1), in place of the block ``of``.
+      reduce: what to keep of each (M, N) chain, as soon as it is computed; with it memory beyond the states is one
+        chain, without it T + 1 of them.  A module-level function compiles once, a fresh lambda at every call.
+
+    Returns:
+      LogScaled with mantissa (T+1, M, N) and exponent (T+1,), or the stacked results of ``reduce``.
+
+    Raises:
+      ValueError: inputs that do not fit, NaN or inf in them, unknown block, gate or path.
+
+    >>> import jax
+    >>> import rnngrad as rg
+    >>> cell = rg.cells.lstm(3, 5)
+    >>> xs = jax.random.normal(jax.random.key(1), (7, 3))
+    >>> chain = rg.jacobian_chain(cell, cell.init(jax.random.key(0)), cell.init_state(), xs, of="c", wrt="h")
+    >>> chain.mantissa.shape
+    (8, 5, 5)
+    """
+    layout, parsed = prepare(cell, params, state, xs, path=path, of=of, wrt=wrt)
+    old_states = _states_before(cell, params, state, xs)
+    if cotangent is None:
+        rows = identity_rows(layout, real_dtype(state), of)
+    else:
+        if of is not None:
+            raise ValueError(f"expected either a cotangent or a block of=, found both (of={of!r})")
+        check_like(cotangent, state, what="cotangent", dtypes=True)
+        rows = logscaled.from_array(layout.flatten(cotangent)[None, :])
+    return chain_along(cell, params, old_states, xs, rows, layout=layout, path=parsed, wrt=wrt, reduce=reduce)
+
+
+class _Reduction(NamedTuple):
+    """Keeps the block's columns, then reduces: hashable, so that a jitted scan compiles once per block and function."""
+
+    layout: Layout
+    wrt: str | None
+    then: Callable[[LogScaled], Any] | None
+
+    def __call__(self, rows: LogScaled) -> Any:
+        chain = LogScaled(select_columns(rows.mantissa, self.layout.block(self.wrt)), rows.exponent)
+        return chain if self.then is None else self.then(chain)
+
+
+def chain_along(
+    cell: Cell,
+    params: Params,
+    old_states: State,
+    xs: Any,
+    rows: LogScaled,
+    *,
+    layout: Layout,
+    path: Path,
+    wrt: str | None,
+    reduce: Callable[[LogScaled], Any] | None,
+) -> Any:
+    """Returns ``rows`` pulled back along given states s_0 … s_{T−1}; the arguments are already checked."""
+    return _chain(cell, params, old_states, xs, rows, layout=layout, path=path, reduce=_Reduction(layout, wrt, reduce))
+
+
+def prefix_products(jacobians: Float[Array, "T S S"]) -> LogScaled:
+    """Returns ∂s_T/∂s_k for k = 0 … T from the step Jacobians, by associative scan.
+
+    The second implementation of the chain: depth log T instead of T, S³ per product instead of the cell's own matrix
+    product, and all step Jacobians in memory.  It agrees with :func:`jacobian_chain` to round-off.
+
+    >>> import jax.numpy as jnp
+    >>> import rnngrad as rg
+    >>> rg.prefix_products(jnp.stack([2 * jnp.eye(3)] * 4)).exponent
+    Array([5, 4, 3, 2, 1], dtype=int32)
+    """
+    factors = logscaled.from_array(jacobians)
+    # with reverse=True the scan hands over (what comes later, what comes earlier); newest on the left is that order
+    products = jax.lax.associative_scan(logscaled.matmul, factors, reverse=True)
+    eye = logscaled.from_array(jnp.eye(jacobians.shape[-1], dtype=jacobians.dtype))
+    return _prepend_last(eye, products)

@@ -1,0 +1,132 @@
+"""Paths of a gradient, counted by how often they leave the direct lane.
+
+::
+
+    ∏(D + εG) = Σ_m ε^m M_m           M_m: all paths that take exactly m gated steps
+    M_0 = ∏D                          Σ_m M_m = ∏(D + G), the full chain
+
+Pulled back by one step, M_m' = M_m D + M_{m−1} G; everything beyond ``max_crossings`` is kept in one matrix that moves
+by R' = R J + M_max G, so that the parts add up to the full chain exactly, whatever ``max_crossings``.
+
+Norms of parts with opposite signs may exceed the norm of the whole.  ``share`` is therefore signed:
+⟨M_m, M⟩_F / ⟨M, M⟩_F, which sums to 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rnngrad import logscaled
+from rnngrad.jacobians import identity_rows, prepare, real_dtype, reverse_scan, select_columns
+from rnngrad.logscaled import LogScaled
+from rnngrad.types import Cell, Params, State
+from rnngrad.unroll import states_before
+
+
+class GradientPaths(NamedTuple):
+    """Parts of the chain by number of crossings; index 0 … K, then one more for all paths with over K crossings."""
+
+    lags: Int[Array, "..."]
+    """0 … T."""
+    log_norm: Float[Array, "..."]
+    """(T+1, K+2): Frobenius norm of each part in nats, in units of the chain's value at lag 0."""
+    share: Float[Array, "..."]
+    """(T+1, K+2): signed share of each part in the full chain; each row sums to 1 (NaN where the chain is zero)."""
+    parts: LogScaled
+    """The parts at lag T: mantissa (K+2, M, N), exponent (K+2,); their sum is ∂s_T/∂s_0."""
+
+
+def _sum(parts: LogScaled) -> LogScaled:
+    total = jax.tree.map(lambda leaf: leaf[0], parts)
+    for index in range(1, parts.exponent.shape[0]):
+        total = logscaled.add(total, jax.tree.map(lambda leaf, index=index: leaf[index], parts))
+    return total
+
+
+@functools.partial(jax.jit, static_argnames=("cell", "layout", "of", "wrt", "max_crossings"))
+def _paths(cell, params, state, xs, *, layout, of, wrt, max_crossings):
+    dtype = real_dtype(state)
+    columns = layout.block(wrt)
+    rows = identity_rows(layout, dtype, of)
+    num_parts = max_crossings + 2
+    carry = LogScaled(
+        jnp.zeros((num_parts, *rows.mantissa.shape), dtype).at[0].set(rows.mantissa),
+        jnp.zeros(num_parts, jnp.int32).at[0].set(rows.exponent),
+    )
+
+    def advance(pulls, parts):
+        inner = jax.tree.map(lambda leaf: leaf[:-1], parts)
+        beyond = jax.tree.map(lambda leaf: leaf[-1:], parts)
+        stay = LogScaled(
+            jnp.concatenate([jax.vmap(pulls.direct)(inner.mantissa), jax.vmap(pulls.full)(beyond.mantissa)]),
+            parts.exponent,
+        )
+        cross = LogScaled(jax.vmap(pulls.gated)(inner.mantissa), inner.exponent)
+        # part m receives the crossing of part m − 1; part 0 receives nothing
+        nothing = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:1]), cross)
+        arriving = jax.tree.map(lambda none, some: jnp.concatenate([none, some]), nothing, cross)
+        return logscaled.add(logscaled.rescale(stay), logscaled.rescale(arriving))
+
+    def emit(parts):
+        block = LogScaled(select_columns(parts.mantissa, columns), parts.exponent)
+        total = logscaled.rescale(_sum(block))
+        log_total = logscaled.log_norm(total)
+        inner = jnp.sum(block.mantissa * jnp.broadcast_to(total.mantissa, block.mantissa.shape), axis=(-2, -1))
+        # ⟨M_m, M⟩ / ⟨M, M⟩: the exponents leave 2^(e_m − e), taken before the division can overflow
+        power = (block.exponent - jnp.broadcast_to(total.exponent, block.exponent.shape)).astype(log_total.dtype)
+        share = inner.astype(log_total.dtype) * jnp.exp2(power)
+        square = jnp.sum(jnp.square(total.mantissa)).astype(log_total.dtype)
+        return logscaled.log_norm(block), share / jnp.broadcast_to(square, share.shape)
+
+    old_states = states_before(cell, params, state, xs)
+    final, (log_norm, share) = reverse_scan(cell, params, old_states, xs, layout, carry, advance, emit)
+    start_norm, start_share = emit(carry)
+    log_norm = jnp.flip(jnp.concatenate([log_norm, start_norm[None]]), axis=0) - logscaled.log_norm(rows)
+    share = jnp.flip(jnp.concatenate([share, start_share[None]]), axis=0)
+    parts = LogScaled(select_columns(final.mantissa, columns), final.exponent)
+    return GradientPaths(jnp.arange(log_norm.shape[0], dtype=jnp.int32), log_norm, share, parts)
+
+
+def gradient_paths(
+    cell: Cell,
+    params: Params,
+    state: State,
+    xs: Any,
+    *,
+    max_crossings: int = 8,
+    of: str | None = None,
+    wrt: str | None = None,
+) -> GradientPaths:
+    """Returns ∂s_T/∂s_k split by the number of gated steps its paths take, for every lag.
+
+    Args:
+      cell: the cell.
+      params: its parameters.
+      state: s_0, one sequence.
+      xs: inputs, shape (T, D).
+      max_crossings: K; paths with more are kept together as the last part.
+      of: block of rows by field name, None for the whole state.
+      wrt: block of columns.
+
+    Costs K + 2 chains.
+
+    Raises:
+      ValueError: inputs that do not fit, NaN or inf in them, unknown block, or a negative ``max_crossings``.
+
+    >>> import jax
+    >>> import rnngrad as rg
+    >>> cell = rg.cells.lstm(3, 5, forget_bias=1.0)
+    >>> xs = jax.random.normal(jax.random.key(1), (7, 3))
+    >>> parts = rg.gradient_paths(cell, cell.init(jax.random.key(0)), cell.init_state(), xs, of="c", wrt="c")
+    >>> print(parts.share[-1].sum().round(4))
+    1.0
+    """
+    if max_crossings < 0:
+        raise ValueError(f"max_crossings: expected at least 0, found {max_crossings}")
+    layout, _ = prepare(cell, params, state, xs, of=of, wrt=wrt)
+    return _paths(cell, params, state, xs, layout=layout, of=of, wrt=wrt, max_crossings=max_crossings)

@@ -1,0 +1,1 @@
+"""Tasks: where sequences come from."""

@@ -1,0 +1,51 @@
+"""The one scan over time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from rnngrad.types import Cell, Params, State, Trajectory, check_inputs
+
+
+def unroll(cell: Cell, params: Params, state: State, xs: Any) -> Trajectory:
+    """Returns the states, gate activations and final state of ``cell`` run over ``xs``.
+
+    Args:
+      cell: the cell.
+      params: its parameters.
+      state: s_0; fields of shape (N,) for one sequence, (B, N) for a batch.
+      xs: inputs of shape (T, D) or (T, B, D).
+
+    Returns:
+      A :class:`Trajectory` with leading axis T: ``states[t]`` is s_{t+1}, ``gates[t]`` the gates that made it.
+
+    Raises:
+      ValueError: shapes, dtypes or structures that do not fit, or T = 0; says what was expected and found.
+
+    >>> import jax
+    >>> import rnngrad as rg
+    >>> cell = rg.cells.lstm(3, 5)
+    >>> xs = jax.random.normal(jax.random.key(1), (7, 2, 3))
+    >>> rg.unroll(cell, cell.init(jax.random.key(0)), cell.init_state((2,)), xs).states.h.shape
+    (7, 2, 5)
+    """
+    check_inputs(cell, params, state, xs, one_sequence=False)
+
+    def body(carry, x):
+        new, gates = cell.step(params, carry, x)
+        return new, (new, gates)
+
+    final, (states, gates) = jax.lax.scan(body, state, xs)
+    return Trajectory(states, gates, final)
+
+
+def states_before(cell: Cell, params: Params, state: State, xs: Any) -> State:
+    """Returns the states *before* each step, s_0 … s_{T−1}: the points at which step Jacobians are taken."""
+
+    def body(carry, x):
+        new, _ = cell.step(params, carry, x)
+        return new, carry
+
+    return jax.lax.scan(body, state, xs)[1]

@@ -1,0 +1,78 @@
+"""The one table of cells under test: a new cell is one row here and one oracle in ``oracles.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import rnngrad as rg
+from rnngrad import cells
+
+INPUT_SIZE, HIDDEN_SIZE = 3, 4  # N ≠ D, so that a transposed weight cannot pass
+
+
+class Case(NamedTuple):
+    """A cell under test."""
+
+    make: Callable[..., rg.Cell]
+    """(input_size, hidden_size, dtype=…) -> Cell"""
+    memory: str
+    """The field that carries the memory."""
+    is_affine: bool = True
+    """z is affine in the state."""
+    has_oracle: bool = True
+    """``oracles.py`` knows it by the same name."""
+
+
+def _with(factory: Callable[..., rg.Cell], **options: Any) -> Callable[..., rg.Cell]:
+    return lambda input_size, hidden_size, dtype: factory(input_size, hidden_size, dtype=dtype, **options)
+
+
+def _stack(input_size: int, hidden_size: int, dtype: Any) -> rg.Cell:
+    return cells.stack(
+        cells.gru(input_size, hidden_size + 1, dtype=dtype), cells.lstm(hidden_size + 1, hidden_size, dtype=dtype)
+    )
+
+
+CASES: dict[str, Case] = {
+    "vanilla_tanh": Case(_with(cells.vanilla, activation="tanh"), "h"),
+    "vanilla_sigmoid": Case(_with(cells.vanilla, activation="sigmoid"), "h"),
+    "vanilla_relu": Case(_with(cells.vanilla, activation="relu"), "h"),
+    "vanilla_identity": Case(_with(cells.vanilla, activation="identity"), "h"),
+    "lstm": Case(_with(cells.lstm, forget_bias=1.0), "c"),
+    "lstm_tanh_gates": Case(_with(cells.lstm, gate_activation="tanh", initial_memory=0.1), "c"),
+    "peephole_lstm": Case(_with(cells.peephole_lstm), "c"),
+    "coupled_lstm": Case(_with(cells.coupled_lstm), "c"),
+    "gru_after": Case(_with(cells.gru, reset="after"), "h"),
+    "gru_before": Case(_with(cells.gru, reset="before"), "h", is_affine=False),
+    "indrnn_relu": Case(_with(cells.indrnn, activation="relu"), "h"),
+    "indrnn_tanh": Case(_with(cells.indrnn, activation="tanh"), "h"),
+    "min_gru": Case(_with(cells.min_gru), "h"),
+    "min_lstm": Case(_with(cells.min_lstm), "h"),
+    "lru": Case(_with(cells.lru, radius=(0.5, 0.95)), "h"),
+    "stack": Case(_stack, "layer_1.c", is_affine=False, has_oracle=False),
+}
+
+
+class Example(NamedTuple):
+    """A cell with parameters, a state that is not zero, and inputs."""
+
+    cell: rg.Cell
+    params: Any
+    state: Any
+    xs: jax.Array
+
+
+def example(name: str, *, num_steps: int = 6, dtype: Any = jnp.float32, seed: int = 0) -> Example:
+    """Returns an example of a case; the state is random, so that no symmetry of zero hides an error."""
+    cell = CASES[name].make(INPUT_SIZE, HIDDEN_SIZE, dtype=dtype)
+    key_params, key_state, key_xs = jax.random.split(jax.random.key(seed), 3)
+    state = cell.init_state()
+    leaves, treedef = jax.tree.flatten(state)
+    keys = jax.random.split(key_state, len(leaves))
+    leaves = [0.5 * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    xs = jax.random.normal(key_xs, (num_steps, INPUT_SIZE), dtype)
+    return Example(cell, cell.init(key_params), jax.tree.unflatten(treedef, leaves), xs)
