@@ -1,0 +1,1 @@
+"""Experiments: one file, one falsifiable claim.  ``python -m experiments.<name> --help``."""

@@ -1,0 +1,145 @@
+"""Stored results: netCDF files that say where they come from, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import xarray as xr
+
+_ROOT = Path(__file__).resolve().parent.parent
+_RECORDED = ("jax", "jaxlib", "numpy", "scipy", "xarray")
+
+
+def source_digest() -> str:
+    """Returns a digest of the Python sources of ``rnngrad`` and ``experiments``: the code version that made a result."""
+    digest = hashlib.sha256()
+    for folder in ("rnngrad", "experiments"):
+        for file in sorted((_ROOT / folder).rglob("*.py")):
+            digest.update(file.relative_to(_ROOT).as_posix().encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def provenance(*, experiment: str, command: str, config: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+    """Returns the attributes every stored result carries: what made it, with which versions, on what."""
+    device = jax.devices()[0]
+    return {
+        "experiment": experiment,
+        "command": command,
+        "config": json.dumps(config, sort_keys=True),
+        "rnngrad_version": metadata.version("rnngrad"),
+        "source_digest": source_digest(),
+        "python": platform.python_version(),
+        "versions": json.dumps({name: metadata.version(name) for name in _RECORDED}),
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **{name: value for name, value in facts.items() if value is not None},
+    }
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside ``path`` and renames it at the end: a reader sees the old file or the new one."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # mkstemp makes private files
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(dataset: xr.Dataset, path: Path) -> None:
+    """Writes a dataset as compressed netCDF, whole or not at all.
+
+    Raises:
+      OSError: the folder is not writable or the disk is full; nothing is left behind and an older file stays.
+    """
+    encoding = {
+        name: {"zlib": True, "complevel": 6} for name, variable in dataset.data_vars.items() if variable.dtype.kind in "fi"
+    }
+    with whole_file(path) as temporary:
+        dataset.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+
+
+def load(path: Path, *, experiment: str) -> xr.Dataset:
+    """Returns a stored dataset, in memory.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is unreadable or truncated, or another experiment's.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no result file {path}: expected a netCDF file written by experiments.{experiment}")
+    try:
+        dataset = xr.load_dataset(path, engine="h5netcdf")
+    except Exception as error:  # h5py raises a dozen kinds for a damaged file; each means the same to the reader
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a readable netCDF file (truncated?): {reason}") from error
+    found = dataset.attrs.get("experiment")
+    if found != experiment:
+        raise ValueError(f"{path}: expected a result of experiment {experiment!r}, found {found!r}")
+    return dataset
+
+
+def writable_folder(path: Path) -> Path:
+    """Returns the folder, made if need be, after trying to write into it.
+
+    Raises:
+      OSError: it cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(f"output folder {path} is not writable: {error.strerror or error}") from error
+    return path
+
+
+class Parts:
+    """Finished parts of a run, kept so that an interrupted run resumes.
+
+    Parts live in a folder named by a digest of the configuration and of the code, so parts of another run are never
+    taken for this one's.
+    """
+
+    def __init__(self, folder: Path, *, experiment: str, config: Mapping[str, Any]) -> None:
+        identity = json.dumps([experiment, config, source_digest()], sort_keys=True)
+        self.folder = folder / f".parts-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+        self.experiment = experiment
+
+    def get(self, name: str, make: Callable[[], xr.Dataset]) -> tuple[xr.Dataset, bool]:
+        """Returns the part and whether it was already there; an unreadable part is made again."""
+        file = self.folder / f"{name}.nc"
+        if file.exists():
+            try:
+                return load(file, experiment=self.experiment), True
+            except ValueError:
+                file.unlink()
+        part = make().assign_attrs(experiment=self.experiment)
+        self.folder.mkdir(exist_ok=True)
+        save(part, file)
+        return part, False
+
+    def discard(self) -> None:
+        """Removes the parts once the whole result is written."""
+        for file in self.folder.glob("*.nc"):
+            file.unlink()
+        if self.folder.exists():
+            self.folder.rmdir()

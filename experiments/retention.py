@@ -1,0 +1,517 @@
+"""Retention on real text: how far back does the gradient of a vanilla RNN, an LSTM and a GRU reach?
+
+Claim tried (B3 of the claim map): the LSTM's memory gradient is its direct path, ∂c_T/∂c_k ≈ ∏f_τ.
+Source: the derivation repeated in most introductions to the LSTM, which holds h_{τ−1} fixed in ∂c_τ/∂c_{τ−1} = f_τ.
+Prediction: at lag 99 the rest of the chain exceeds the direct path by 10^6 to 10^8 with library initialisations, and is
+of its size only where forget gates are almost open (chrono).
+Refuted if: the rest stays below a tenth of the direct path at lag 99 (or at the last lag of a shorter run) for every
+LSTM row.
+
+For each cell and initialisation, over several seeds (weights, token embedding and window of the text), it measures the
+true chain, the direct path and the remainder along the text, fits the decay of the true chain, and pulls the gradient
+of a next-token loss back through time.  Running time: about a minute on two cores with the defaults.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import matplotlib.lines
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+import scipy.special
+import tyro
+import xarray as xr
+
+import rnngrad as rg
+from experiments import command, results
+from experiments.command import Check, UserError
+from experiments.statistics import CONFIDENCE, median_interval
+
+CellName = Literal["vanilla", "lstm", "peephole_lstm", "coupled_lstm", "gru", "min_gru", "min_lstm"]
+InitName = Literal["torch", "flax", "equinox", "keras", "haiku", "gaussian", "orthogonal", "identity", "chrono", "ugi"]
+
+PATHS = ("full", "direct", "remainder")
+LAST_STEPS = 10
+"""The loss gradient's share of this many newest states is reported."""
+CHECK_LAG = 99
+"""Lag at which the claim's reference numbers were stated."""
+APPROXIMATE = 0.1
+"""Largest remainder, relative to the direct path, at which "≈ ∏f" is granted: one digit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the retention experiment."""
+
+    cells: tuple[CellName, ...] = ("vanilla", "lstm", "gru")
+    """Cells to measure."""
+    inits: tuple[InitName, ...] = ("torch", "keras", "chrono")
+    """Initialisations: a library's default, a scheme at gain 1, or torch weights with chrono or ugi gate biases."""
+    forget_bias: float | None = None
+    """Effective forget bias (of a GRU: of the share kept) in place of what each initialisation draws; leaves chrono and
+    ugi rows alone."""
+    steps: int = 300
+    """Time steps T; lags run from 0 to T."""
+    hidden_size: int = 64
+    """Units N."""
+    input_size: int = 64
+    """Width D of the token embedding, drawn from N(0, 1)."""
+    seeds: int = 10
+    """Independent repetitions; each draws weights, embedding, read-out and a window of the text."""
+    first_seed: int = 0
+    """Seeds run from here."""
+    fit_from: int = 20
+    """First lag of the window over which the decay rate is fitted; it ends at lag T."""
+    text: str = "pydoc"
+    """pydoc (every CPython carries it), ptb, tinyshakespeare, or a path to a UTF-8 file."""
+    data_dir: Path | None = None
+    """Folder with ptb/ and tinyshakespeare/; else RNNGRAD_DATA, else downloaded to a cache."""
+    level: Literal["word", "char"] = "word"
+    """Tokens are words or characters."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Floating dtype of weights, states and chains."""
+
+
+SMOKE = Config(inits=("torch", "chrono"), steps=60, hidden_size=12, input_size=8, seeds=3)
+"""A few seconds: every code path, no statement about the claim."""
+
+
+def _gated(cell: CellName) -> bool:
+    return cell != "vanilla"
+
+
+def rows_of(config: Config) -> list[tuple[CellName, InitName]]:
+    """Returns the rows of the table; chrono and ugi set gate biases, which a vanilla cell has none of."""
+    return [
+        (cell, init) for cell in config.cells for init in config.inits if _gated(cell) or init not in ("chrono", "ugi")
+    ]
+
+
+def build_cell(cell: CellName, init: InitName, config: Config) -> rg.Cell:
+    """Returns the cell of one row."""
+    options: dict[str, Any] = {"dtype": config.dtype, "init": "torch" if init in ("chrono", "ugi") else init}
+    if _gated(cell):
+        bias = {"chrono": lambda: rg.initializers.chrono(config.steps), "ugi": rg.initializers.ugi}
+        options["forget_bias"] = bias[init]() if init in bias else config.forget_bias
+    factory = getattr(rg.cells, cell)
+    return factory(config.input_size, config.hidden_size, **options)
+
+
+def check(config: Config) -> None:
+    """Raises UserError for settings that cannot be run."""
+    for name, least in (("steps", 2), ("hidden_size", 1), ("input_size", 1), ("seeds", 1), ("first_seed", 0)):
+        if getattr(config, name) < least:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, found {getattr(config, name)}")
+    if not 0 <= config.fit_from < config.steps:
+        raise UserError(f"--fit-from: expected a lag from 0 to {config.steps - 1} (steps − 1), found {config.fit_from}")
+    if not rows_of(config):
+        raise UserError("nothing to run: chrono and ugi set gate biases, and a vanilla cell has no gates")
+    for name in ("cells", "inits"):
+        if len(set(getattr(config, name))) != len(getattr(config, name)):
+            raise UserError(f"--{name}: expected each name once, found {' '.join(getattr(config, name))}")
+
+
+def memory_field(cell: CellName) -> str:
+    """Returns the field that carries the memory."""
+    return "c" if cell in ("lstm", "peephole_lstm", "coupled_lstm") else "h"
+
+
+@functools.partial(jax.jit, static_argnames=("cell", "field", "fit_from"))
+def _measure(cell, params, xs, read_out, target, *, field, fit_from):
+    """Everything that one seed of one row yields; compiled once per cell."""
+    state = cell.init_state()
+    curves = {path: rg.retention(cell, params, state, xs, of=field, wrt=field, path=path) for path in PATHS}
+    naive = rg.naive_retention(cell, params, state, xs, of=field, wrt=field)
+
+    # gradient of −log softmax(V h_T)[target] with respect to every state, by one more chain of a single row
+    final = rg.unroll(cell, params, state, xs).final
+    loss = lambda s: -jax.nn.log_softmax(read_out @ cell.read(params, s))[target]
+    cotangents = rg.jacobian_chain(cell, params, state, xs, cotangent=jax.grad(loss)(final))
+    gradient = jnp.flip(rg.logscaled.log_norm(cotangents))
+
+    full = curves["full"]
+    window = (fit_from, xs.shape[0])
+    return {
+        "log_retention": jnp.stack([curves[path].log_norm for path in PATHS]),
+        "naive_log_retention": naive,
+        "naive_death_lag": full.naive_death_lag,
+        "nonfinite_step": full.nonfinite_step,
+        "rate": jnp.stack([rg.decay_rate(np.arange(xs.shape[0] + 1), curves[p].log_norm, window) for p in PATHS]),
+        "log_loss_gradient": gradient,
+    }
+
+
+def _measure_row(cell_name: CellName, init: InitName, config: Config, tokens: Any, windows: np.ndarray) -> xr.Dataset:
+    """Returns the dataset of one row: every seed."""
+    # The cells of one kind differ in how they draw weights and in nothing else, so all rows share one compilation.
+    measured_cell = _shared_cell(cell_name, dataclasses.replace(config, forget_bias=None))
+    drawing_cell = build_cell(cell_name, init, config)
+    seeds = []
+    for index, window in enumerate(windows):
+        keys = jax.random.split(jax.random.key(config.first_seed + index), 3)
+        embedding = jax.random.normal(keys[1], (len(tokens.vocabulary), config.input_size), config.dtype)
+        limit = config.hidden_size**-0.5
+        shape = (len(tokens.vocabulary), config.hidden_size)
+        read_out = jax.random.uniform(keys[2], shape, config.dtype, -limit, limit)
+        measured = _measure(
+            measured_cell,
+            drawing_cell.init(keys[0]),
+            embedding[window[:-1]],
+            read_out,
+            window[-1],
+            field=memory_field(cell_name),
+            fit_from=config.fit_from,
+        )
+        seeds.append(jax.tree.map(np.asarray, measured))
+    dims = {
+        "log_retention": ("path", "lag"),
+        "naive_log_retention": ("lag",),
+        "naive_death_lag": (),
+        "nonfinite_step": (),
+        "rate": ("path",),
+        "log_loss_gradient": ("lag",),
+    }
+    return xr.Dataset({name: (("seed", *dims[name]), np.stack([s[name] for s in seeds])) for name in dims})
+
+
+@functools.cache
+def _shared_cell(cell_name: CellName, config: Config) -> rg.Cell:
+    return build_cell(cell_name, "torch", config)
+
+
+_DESCRIPTIONS = {
+    "log_retention": ("nats", "log of ‖∂s_T/∂s_{T−lag}‖_F of the memory block, 0 at lag 0"),
+    "naive_log_retention": ("nats", "the full chain by unscaled float32 product, then norm, then log"),
+    "naive_death_lag": ("steps", "first lag at which the naive norm is 0 or inf; −1 when it survives"),
+    "nonfinite_step": ("steps", "first time step with a non-finite state or chain; −1 for none"),
+    "rate": ("nats per step", "least-squares slope of log_retention over the fit window"),
+    "log_loss_gradient": ("nats", "log of ‖∂L_T/∂s_{T−lag}‖ over the whole state, L_T the loss of the last step"),
+    "last_steps_share": ("1", f"share of Σ_lag ‖∂L_T/∂s_{{T−lag}}‖ in the {LAST_STEPS} newest states, s_T among them"),
+    "log10_remainder_over_direct": ("1", "log10 of ‖remainder‖ over ‖direct‖ at check_lag; NaN without a direct path"),
+}
+
+
+def _derive(dataset: xr.Dataset) -> xr.Dataset:
+    """Returns the dataset with the quantities that follow from the measured ones, and medians with intervals."""
+    gradient = dataset["log_loss_gradient"]
+    share = np.exp(
+        scipy.special.logsumexp(gradient.isel(lag=slice(0, LAST_STEPS)).values, axis=-1)
+        - scipy.special.logsumexp(gradient.values, axis=-1)
+    )
+    dataset["last_steps_share"] = (("row", "seed"), share)
+    at = dataset["log_retention"].sel(lag=dataset.attrs["check_lag"])
+    remainder, direct = at.sel(path="remainder").values, at.sel(path="direct").values
+    has_direct = np.isfinite(direct)
+    ratio = np.where(has_direct, (remainder - np.where(has_direct, direct, 0)) / np.log(10), np.nan)
+    dataset["log10_remainder_over_direct"] = (("row", "seed"), ratio)
+    for name in ("log_retention", "rate", "last_steps_share", "log10_remainder_over_direct"):
+        variable = dataset[name]
+        dims = tuple(dim for dim in variable.dims if dim != "seed")
+        interval = median_interval(variable.values, axis=variable.dims.index("seed"))
+        for statistic, values in interval._asdict().items():
+            dataset[f"{name}_{statistic}"] = (dims, values)
+            units, text = _DESCRIPTIONS[name]
+            dataset[f"{name}_{statistic}"].attrs.update(units=units, description=f"{statistic} over seeds: {text}")
+    for name, (units, text) in _DESCRIPTIONS.items():
+        dataset[name].attrs.update(units=units, description=text)
+    return dataset
+
+
+def run(
+    config: Config, *, parts: results.Parts | None = None, screen: rich.console.Console | None = None
+) -> xr.Dataset:
+    """Returns the measured dataset; finished rows are kept in ``parts`` and resumed from there.
+
+    Raises:
+      UserError: settings or text that cannot be used.
+      OSError: a part cannot be written.
+    """
+    check(config)
+    screen = screen or rich.console.Console(quiet=True)
+    started = time.perf_counter()
+    with command.progress(screen) as bar, command.user_input():
+        task = bar.add_task("reading text", total=None)
+        text = rg.tasks.load_text(
+            config.text,
+            data_dir=config.data_dir,
+            on_progress=lambda done, total: bar.update(task, description="downloading", completed=done, total=total),
+        )
+        tokens = rg.tasks.tokenize(text.text, level=config.level)
+        windows = rg.tasks.sequences(tokens, config.steps, config.seeds, seed=config.first_seed)
+    screen.print(f"text: {text.source}, {len(tokens.ids):,} {config.level} tokens, sha256 {text.digest[:12]}…")
+
+    rows = rows_of(config)
+    # The context manager is entered here and not at import: float64 is a setting of the run.
+    precision = jax.enable_x64(True) if config.dtype == "float64" else contextlib.nullcontext()
+    measured, resumed = [], 0
+    with command.progress(screen) as bar, precision:
+        task = bar.add_task("measuring", total=len(rows))
+        for cell_name, init in rows:
+            bar.update(task, description=f"{cell_name}, {init}")
+            make = functools.partial(_measure_row, cell_name, init, config, tokens, windows)
+            if parts is None:
+                part = make()
+            else:
+                part, was_there = parts.get(f"{cell_name}-{init}-{text.digest[:12]}", make)
+                resumed += was_there
+            measured.append(part)
+            bar.advance(task)
+    if resumed:
+        screen.print(f"resumed: {resumed} of {len(rows)} rows were already measured")
+
+    dataset = xr.concat([part.drop_attrs() for part in measured], dim="row").assign_coords(
+        cell=("row", [cell for cell, _ in rows]),
+        init=("row", [init for _, init in rows]),
+        seed=np.arange(config.first_seed, config.first_seed + config.seeds),
+        path=list(PATHS),
+        lag=np.arange(config.steps + 1),
+    )
+    shown = dataclasses.replace(config, data_dir=None, text=config.text if config.text == text.name else text.source)
+    words = f"python -m experiments.retention {command.flags(shown, leave_out=('data_dir',))}".strip()
+    settings = command.config_dict(shown)
+    certificate = rg.certificate(config.dtype)
+    dataset.attrs = results.provenance(
+        experiment="retention",
+        command=words,
+        config=settings,
+        text=text.source,
+        text_sha256=text.digest,
+        num_tokens=len(tokens.ids),
+        vocabulary_size=len(tokens.vocabulary),
+        dtype=certificate.dtype,
+        matmul_precision=certificate.matmul_precision,
+        float32_floor=certificate.float32_floor,
+        check_lag=min(CHECK_LAG, config.steps),
+        confidence=CONFIDENCE,
+        seconds=round(time.perf_counter() - started, 1),
+    )
+    return _derive(dataset)
+
+
+# --- what a person sees ----------------------------------------------------------------------------------------------
+
+
+def _interval(row: xr.Dataset, name: str, digits: int) -> str:
+    """Prints median and interval of a quantity of one row."""
+    median, low, high = (float(row[f"{name}_{part}"]) for part in ("median", "low", "high"))
+    return "—" if np.isnan(median) else f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _half_life(rate: float) -> str:
+    steps = float(rg.half_life(jnp.asarray(rate)))
+    return "—" if np.isnan(rate) else "none" if np.isinf(steps) else f"{steps:.3g}"
+
+
+def _death(row: xr.Dataset) -> str:
+    """Prints the median lag at which naive float32 dies, over the seeds in which it does."""
+    lags = row["naive_death_lag"].values
+    dead = lags[lags >= 0]
+    if not len(dead):
+        return "survives"
+    share = "" if len(dead) == len(lags) else f" ({len(dead)} of {len(lags)} seeds)"
+    return f"{int(np.median(dead))}{share}"
+
+
+def _rows(dataset: xr.Dataset) -> list[xr.Dataset]:
+    return [dataset.isel(row=index) for index in range(dataset.sizes["row"])]
+
+
+def table(dataset: xr.Dataset) -> rich.table.Table:
+    """Returns the table a person reads first; medians over seeds with 95 % intervals."""
+    attrs, config = dataset.attrs, json.loads(dataset.attrs["config"])
+    shown = rich.table.Table(
+        title=f"Retention on {attrs['text']}, {config['level']} level: N={config['hidden_size']}, "
+        f"D={config['input_size']}, T={config['steps']}, {config['seeds']} seeds, {attrs['dtype']}, "
+        f"matmul {attrs['matmul_precision']}, {attrs['backend']}",
+        caption=f"medians over seeds [{100 * attrs['confidence']:.0f} % bootstrap interval]; rates in nats per step, "
+        f"fitted over lags {config['fit_from']} to {config['steps']}; rest = full − direct",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name, justify in (
+        ("cell", "left"),
+        ("init", "left"),
+        ("full chain, rate", "right"),
+        ("half-life", "right"),
+        ("direct path, rate", "right"),
+        (f"log10 rest/direct, lag {attrs['check_lag']}", "right"),
+        (f"∂L in last {LAST_STEPS}", "right"),
+        ("float32 dies at lag", "right"),
+    ):
+        shown.add_column(name, justify=justify)
+    for row in _rows(dataset):
+        full = row.sel(path="full")
+        broken = int((row["nonfinite_step"] >= 0).sum())
+        shown.add_row(
+            str(row["cell"].values),
+            str(row["init"].values) + (f" ({broken} seeds non-finite)" if broken else ""),
+            _interval(full, "rate", 3),
+            _half_life(float(full["rate_median"])),
+            _interval(row.sel(path="direct"), "rate", 3),
+            _interval(row, "log10_remainder_over_direct", 1),
+            _interval(row, "last_steps_share", 2),
+            _death(row),
+        )
+    return shown
+
+
+def verdict(dataset: xr.Dataset) -> list[Check]:
+    """Returns one check per LSTM row: is the remainder below a tenth of the direct path at the stated lag?"""
+    checks = []
+    for row in _rows(dataset):
+        if str(row["cell"].values) not in ("lstm", "peephole_lstm", "coupled_lstm"):
+            continue
+        # judged by the side of the interval that speaks against the claim; a row with no finite number cannot hold it
+        worst = float(row["log10_remainder_over_direct_high"])
+        checks.append(
+            Check(
+                name=f"∂c_T/∂c_k ≈ ∏f at lag {dataset.attrs['check_lag']}: {row['cell'].values}, {row['init'].values}",
+                value=f"rest/direct 10^{_interval(row, 'log10_remainder_over_direct', 1)}",
+                bound=f"≤ {APPROXIMATE:g}",
+                holds=bool(worst <= np.log10(APPROXIMATE)),
+            )
+        )
+    return checks
+
+
+def summary(dataset: xr.Dataset) -> str:
+    """Returns the verdict in one sentence."""
+    checks = verdict(dataset)
+    if not checks:
+        return "No LSTM row was run: the claim is not tried."
+    holding = [check.name.rsplit(": ", 1)[1] for check in checks if check.holds]
+    if not holding:
+        return "Claim “∂c_T/∂c_k ≈ ∏f”: does not hold in any LSTM row."
+    if len(holding) == len(checks):
+        return "Claim “∂c_T/∂c_k ≈ ∏f”: holds in every LSTM row."
+    return f"Claim “∂c_T/∂c_k ≈ ∏f”: holds only for {'; '.join(holding)}."
+
+
+_STYLES = {
+    "full": {"color": "#1b3a6b", "linestyle": "-", "linewidth": 2.2, "zorder": 3},
+    "direct": {"color": "#d97706", "linestyle": (0, (6, 2)), "linewidth": 1.8, "zorder": 4},
+    "remainder": {"color": "#3a9d6e", "linestyle": (0, (1, 1.2)), "linewidth": 2.0, "zorder": 5},
+}
+_LABELS = {
+    "full": "full chain, the true gradient",
+    "direct": "direct path (LSTM: ∏f)",
+    "remainder": "remainder = full − direct",
+}
+_CELL_TITLES = {"vanilla": "vanilla RNN", "lstm": "LSTM", "gru": "GRU"}
+
+
+def _panel(axes: Any, row: xr.Dataset) -> None:
+    lags = row["lag"].values
+    for path, style in _STYLES.items():
+        at = row.sel(path=path)
+        median, low, high = (at[f"log_retention_{part}"].values for part in ("median", "low", "high"))
+        drawn = np.isfinite(median)
+        if not drawn[1:].any():
+            continue
+        axes.plot(lags[drawn], median[drawn], **style)
+        axes.fill_between(lags[drawn], low[drawn], high[drawn], color=style["color"], alpha=0.18, linewidth=0)
+    # one seed of the naive curve, the one whose death is the median
+    deaths = row["naive_death_lag"].values
+    dying = np.flatnonzero(deaths >= 0)
+    if len(dying):
+        seed = dying[np.argsort(deaths[dying])[(len(dying) - 1) // 2]]
+        naive = row["naive_log_retention"].values[seed]
+        alive = np.flatnonzero(np.isfinite(naive))
+        axes.plot(lags[alive], naive[alive], color="#c81e4a", linewidth=0.9, zorder=6)
+        last = alive[alive < deaths[seed]][-1]
+        axes.plot(lags[last], naive[last], marker="X", color="#c81e4a", markersize=8, zorder=7)
+        axes.annotate(
+            f"float32 dies at lag {deaths[seed]}",
+            (lags[last], naive[last]),
+            xytext=(8, 2),
+            textcoords="offset points",
+            color="#c81e4a",
+            fontsize=8.5,
+            va="bottom",
+        )
+    rate = float(row.sel(path="full")["rate_median"])
+    if np.isfinite(rate):
+        axes.text(0.97, 0.95, f"{rate:+.3f} nats/step", transform=axes.transAxes, ha="right", va="top", fontsize=9)
+
+
+def figure(dataset: xr.Dataset) -> matplotlib.figure.Figure:
+    """Returns the figure: one panel per cell and initialisation, log retention against lag."""
+    cells = list(dict.fromkeys(dataset["cell"].values.tolist()))
+    inits = list(dict.fromkeys(dataset["init"].values.tolist()))
+    drawn = matplotlib.figure.Figure(figsize=(3.5 * len(cells) + 0.8, 2.6 * len(inits) + 1.3), layout="constrained")
+    grid = drawn.subplots(len(inits), len(cells), squeeze=False, sharex=True, sharey=True)
+    by_name = {(str(row["cell"].values), str(row["init"].values)): row for row in _rows(dataset)}
+    for i, init in enumerate(inits):
+        for j, cell in enumerate(cells):
+            axes = grid[i][j]
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25, linewidth=0.6)
+            if i == 0:
+                axes.set_title(_CELL_TITLES.get(cell, cell), fontsize=12, fontweight="bold")
+            if j == 0:
+                axes.set_ylabel(f"{init}\nlog retention (nats)")
+            if i == len(inits) - 1:
+                axes.set_xlabel("lag T − k (steps)")
+            if (cell, init) in by_name:
+                _panel(axes, by_name[cell, init])
+            else:
+                axes.grid(visible=False)
+                axes.text(0.5, 0.5, f"{init} sets gate biases;\nno gates here", ha="center", transform=axes.transAxes)
+    handles = [
+        matplotlib.lines.Line2D([], [], label=_LABELS[path], **{k: v for k, v in style.items() if k != "zorder"})
+        for path, style in _STYLES.items()
+    ]
+    handles.append(matplotlib.lines.Line2D([], [], color="#c81e4a", marker="X", label="full chain by naive float32"))
+    drawn.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    config = json.loads(dataset.attrs["config"])
+    drawn.suptitle(
+        f"How far back the memory's gradient reaches, on {dataset.attrs['text']}\n"
+        f"N={config['hidden_size']}, {config['seeds']} seeds: median and 95 % interval of the median",
+        fontsize=11,
+    )
+    return drawn
+
+
+EXPERIMENT = command.Experiment("retention", run, table, verdict, summary, figure)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """How far back does the gradient of a recurrent network reach on real text?
+
+    Measures the true Jacobian chain, its direct path (LSTM: the product of forget gates) and the remainder for each
+    cell and initialisation; prints a table with medians and intervals, and writes a figure and a netCDF file.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    smoke: bool = False
+    """Small defaults that finish in seconds; other flags still apply."""
+    out: Path = Path("out/retention")
+    """Folder for the figure and the result file."""
+    show: Path | None = None
+    """Show a stored result file instead of running: the table, the verdict, and the figure drawn again."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line."""
+    words = sys.argv[1:] if arguments is None else arguments
+    default = Command(config=SMOKE if "--smoke" in words else Config())
+    chosen = tyro.cli(Command, args=words, default=default, prog="python -m experiments.retention")
+    command.execute(EXPERIMENT, chosen.config, out=chosen.out, show=chosen.show)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Medians and their intervals over seeds."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+
+CONFIDENCE = 0.95
+NUM_RESAMPLES = 2000
+
+
+class Interval(NamedTuple):
+    """A median over seeds and its bootstrap interval."""
+
+    median: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def median_interval(samples: np.ndarray, *, axis: int, seed: int = 0) -> Interval:
+    """Returns the median over ``axis`` and its 95 % percentile-bootstrap interval.
+
+    Seeds that are NaN (a run that became non-finite) are left out.  Where fewer than two remain, or where the samples
+    are not finite or all equal, the interval is the median itself.
+    """
+    samples = np.moveaxis(np.asarray(samples, dtype=float), axis, -1)
+    median = np.full(samples.shape[:-1], np.nan)
+    low, high = median.copy(), median.copy()
+    flat = samples.reshape(-1, samples.shape[-1])
+    valid = ~np.isnan(flat)
+    all_finite = np.isfinite(flat).all(axis=-1)
+
+    # the usual case in one vectorised call
+    if flat.shape[-1] > 1 and all_finite.any():
+        with warnings.catch_warnings():
+            # equal samples have a degenerate bootstrap distribution; their interval is the median, set below
+            warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
+            interval = scipy.stats.bootstrap(
+                (flat[all_finite],),
+                np.median,
+                axis=-1,
+                confidence_level=CONFIDENCE,
+                n_resamples=NUM_RESAMPLES,
+                method="percentile",
+                rng=np.random.default_rng(seed),
+                batch=100,
+            ).confidence_interval
+        low.reshape(-1)[all_finite], high.reshape(-1)[all_finite] = interval.low, interval.high
+        median.reshape(-1)[all_finite] = np.median(flat[all_finite], axis=-1)
+    for index in np.flatnonzero(~all_finite | (flat.shape[-1] == 1)):
+        kept = np.sort(flat[index][valid[index]])
+        if len(kept):
+            # the lower of the two middle samples: an average of −inf and a number would be neither
+            value = kept[(len(kept) - 1) // 2]
+            for target in (median, low, high):
+                target.reshape(-1)[index] = value
+    return Interval(median, low, high)
