@@ -315,14 +315,19 @@ def _half_life(rate: float) -> str:
     return "—" if np.isnan(rate) else "none" if np.isinf(steps) else f"{steps:.3g}"
 
 
-def _death(row: xr.Dataset) -> str:
-    """Prints the median lag at which naive float32 dies, over the seeds in which it does."""
-    lags = row["naive_death_lag"].values
+def _median_death(row: xr.Dataset) -> int | None:
+    """Returns the (lower) median lag at which naive float32 dies, over the seeds in which it does; None for none."""
+    lags = np.sort(row["naive_death_lag"].values)
     dead = lags[lags >= 0]
-    if not len(dead):
+    return int(dead[(len(dead) - 1) // 2]) if len(dead) else None
+
+
+def _death(row: xr.Dataset) -> str:
+    median, lags = _median_death(row), row["naive_death_lag"].values
+    if median is None:
         return "survives"
-    share = "" if len(dead) == len(lags) else f" ({len(dead)} of {len(lags)} seeds)"
-    return f"{int(np.median(dead))}{share}"
+    dead = int((lags >= 0).sum())
+    return f"{median}" if dead == len(lags) else f"{median} ({dead} of {len(lags)} seeds)"
 
 
 def _rows(dataset: xr.Dataset) -> list[xr.Dataset]:
@@ -400,17 +405,50 @@ def summary(dataset: xr.Dataset) -> str:
     return f"Claim “∂c_T/∂c_k ≈ ∏f”: holds only for {'; '.join(holding)}."
 
 
-_STYLES = {
-    "full": {"color": "#1b3a6b", "linestyle": "-", "linewidth": 2.2, "zorder": 3},
-    "direct": {"color": "#d97706", "linestyle": (0, (6, 2)), "linewidth": 1.8, "zorder": 4},
-    "remainder": {"color": "#3a9d6e", "linestyle": (0, (1, 1.2)), "linewidth": 2.0, "zorder": 5},
+# Drawn from the bottom up: the remainder as a broad band that the full chain lies on wherever it *is* the full chain.
+_STYLES: dict[str, dict[str, Any]] = {
+    "remainder": {"color": "#8fd3b0", "linestyle": "-", "linewidth": 6.0, "zorder": 2},
+    "full": {"color": "#16325c", "linestyle": "-", "linewidth": 1.8, "zorder": 3},
+    "direct": {"color": "#d97706", "linestyle": (0, (5, 2)), "linewidth": 1.8, "zorder": 4},
 }
 _LABELS = {
     "full": "full chain, the true gradient",
     "direct": "direct path (LSTM: ∏f)",
     "remainder": "remainder = full − direct",
 }
+_NAIVE = {"color": "#c81e4a", "linewidth": 1.0, "linestyle": "-"}
 _CELL_TITLES = {"vanilla": "vanilla RNN", "lstm": "LSTM", "gru": "GRU"}
+
+
+def _draw_naive(axes: Any, row: xr.Dataset) -> None:
+    """Draws the naive curve of the seed whose death is the median one: it leaves the picture where it dies."""
+    death = _median_death(row)
+    if death is None:
+        axes.text(0.98, 0.04, "naive float32 survives", transform=axes.transAxes, ha="right", color=_NAIVE["color"], fontsize=9)
+        return
+    seed = int(np.flatnonzero(row["naive_death_lag"].values == death)[0])
+    naive = row["naive_log_retention"].values[seed]
+    alive = np.flatnonzero(np.isfinite(naive[:death]))
+    to = "0" if naive[alive[-1]] < 0 else "1"
+    axes.plot(alive, naive[alive], zorder=6, **_NAIVE)
+    axes.annotate(
+        "",
+        (death, float(to)),
+        xytext=(alive[-1], naive[alive[-1]]),
+        xycoords=("data", "axes fraction"),
+        textcoords="data",
+        arrowprops={"arrowstyle": "-|>", "color": _NAIVE["color"], "linewidth": 1.0, "shrinkA": 0, "shrinkB": 0},
+        zorder=6,
+    )
+    axes.text(
+        death + 0.015 * len(naive),
+        0.03 if to == "0" else 0.97,
+        f"float32 dies\nat lag {death}",
+        transform=axes.get_xaxis_transform(),
+        color=_NAIVE["color"],
+        fontsize=9,
+        va="bottom" if to == "0" else "top",
+    )
 
 
 def _panel(axes: Any, row: xr.Dataset) -> None:
@@ -419,67 +457,70 @@ def _panel(axes: Any, row: xr.Dataset) -> None:
         at = row.sel(path=path)
         median, low, high = (at[f"log_retention_{part}"].values for part in ("median", "low", "high"))
         drawn = np.isfinite(median)
-        if not drawn[1:].any():
-            continue
-        axes.plot(lags[drawn], median[drawn], **style)
-        axes.fill_between(lags[drawn], low[drawn], high[drawn], color=style["color"], alpha=0.18, linewidth=0)
-    # one seed of the naive curve, the one whose death is the median
-    deaths = row["naive_death_lag"].values
-    dying = np.flatnonzero(deaths >= 0)
-    if len(dying):
-        seed = dying[np.argsort(deaths[dying])[(len(dying) - 1) // 2]]
-        naive = row["naive_log_retention"].values[seed]
-        alive = np.flatnonzero(np.isfinite(naive))
-        axes.plot(lags[alive], naive[alive], color="#c81e4a", linewidth=0.9, zorder=6)
-        last = alive[alive < deaths[seed]][-1]
-        axes.plot(lags[last], naive[last], marker="X", color="#c81e4a", markersize=8, zorder=7)
-        axes.annotate(
-            f"float32 dies at lag {deaths[seed]}",
-            (lags[last], naive[last]),
-            xytext=(8, 2),
-            textcoords="offset points",
-            color="#c81e4a",
-            fontsize=8.5,
-            va="bottom",
-        )
-    rate = float(row.sel(path="full")["rate_median"])
-    if np.isfinite(rate):
-        axes.text(0.97, 0.95, f"{rate:+.3f} nats/step", transform=axes.transAxes, ha="right", va="top", fontsize=9)
+        if drawn[1:].any():
+            axes.plot(lags[drawn], median[drawn], **style)
+            if path != "remainder":
+                axes.fill_between(lags[drawn], low[drawn], high[drawn], color=style["color"], alpha=0.2, linewidth=0)
+    # a remainder climbs from 0 (−∞ nats) at lag 0; its first twentieth does not set the scale
+    medians = row["log_retention_median"]
+    starts = {"full": 0, "direct": 0, "remainder": len(lags) // 20}
+    shown = np.concatenate([medians.sel(path=path).values[start:] for path, start in starts.items()])
+    lowest, highest = shown[np.isfinite(shown)].min(), shown[np.isfinite(shown)].max()
+    room = max(0.08 * (highest - lowest), 0.1)
+    axes.set_ylim(lowest - room, highest + room)
+    _draw_naive(axes, row)
+    notes = [f"full {float(row.sel(path='full')['rate_median']):+.3f} nats/step"]
+    direct_rate = float(row.sel(path="direct")["rate_median"])
+    notes.append(f"direct {direct_rate:+.3f}" if np.isfinite(direct_rate) else "direct path: exactly 0")
+    axes.text(0.98, 0.96, "\n".join(notes), transform=axes.transAxes, ha="right", va="top", fontsize=9)
 
 
 def figure(dataset: xr.Dataset) -> matplotlib.figure.Figure:
     """Returns the figure: one panel per cell and initialisation, log retention against lag."""
     cells = list(dict.fromkeys(dataset["cell"].values.tolist()))
     inits = list(dict.fromkeys(dataset["init"].values.tolist()))
-    drawn = matplotlib.figure.Figure(figsize=(3.5 * len(cells) + 0.8, 2.6 * len(inits) + 1.3), layout="constrained")
-    grid = drawn.subplots(len(inits), len(cells), squeeze=False, sharex=True, sharey=True)
+    drawn = matplotlib.figure.Figure(figsize=(3.6 * len(cells) + 0.8, 2.7 * len(inits) + 1.4), layout="constrained")
+    grid = drawn.subplots(len(inits), len(cells), squeeze=False, sharex=True)
     by_name = {(str(row["cell"].values), str(row["init"].values)): row for row in _rows(dataset)}
     for i, init in enumerate(inits):
+        in_row = [grid[i][j] for j, cell in enumerate(cells) if (cell, init) in by_name]
         for j, cell in enumerate(cells):
             axes = grid[i][j]
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.25, linewidth=0.6)
             if i == 0:
                 axes.set_title(_CELL_TITLES.get(cell, cell), fontsize=12, fontweight="bold")
-            if j == 0:
-                axes.set_ylabel(f"{init}\nlog retention (nats)")
-            if i == len(inits) - 1:
+            if (cell, init) not in by_name:
+                axes.set_axis_off()
+                axes.text(
+                    0.5,
+                    0.5,
+                    f"{init} sets gate biases;\na {_CELL_TITLES.get(cell, cell)} has no gates",
+                    ha="center",
+                    color="0.4",
+                    transform=axes.transAxes,
+                )
+                continue
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25, linewidth=0.6)
+            axes.set_xlim(0, dataset.sizes["lag"] - 1)
+            _panel(axes, by_name[cell, init])
+            if axes is in_row[0]:
+                axes.set_ylabel(f"init: {init}\nlog retention (nats)")
+            if not any((cell, below) in by_name for below in inits[i + 1 :]):
+                axes.tick_params(labelbottom=True)
                 axes.set_xlabel("lag T − k (steps)")
-            if (cell, init) in by_name:
-                _panel(axes, by_name[cell, init])
-            else:
-                axes.grid(visible=False)
-                axes.text(0.5, 0.5, f"{init} sets gate biases;\nno gates here", ha="center", transform=axes.transAxes)
+        # one scale along a row of panels, so that cells compare at a glance
+        lowest, highest = min(a.get_ylim()[0] for a in in_row), max(a.get_ylim()[1] for a in in_row)
+        for axes in in_row:
+            axes.set_ylim(lowest, highest)
     handles = [
-        matplotlib.lines.Line2D([], [], label=_LABELS[path], **{k: v for k, v in style.items() if k != "zorder"})
-        for path, style in _STYLES.items()
+        matplotlib.lines.Line2D([], [], label=_LABELS[path], **_STYLES[path]) for path in ("full", "direct", "remainder")
     ]
-    handles.append(matplotlib.lines.Line2D([], [], color="#c81e4a", marker="X", label="full chain by naive float32"))
+    handles.append(matplotlib.lines.Line2D([], [], label="full chain in naive float32", **_NAIVE))
     drawn.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     config = json.loads(dataset.attrs["config"])
     drawn.suptitle(
-        f"How far back the memory's gradient reaches, on {dataset.attrs['text']}\n"
-        f"N={config['hidden_size']}, {config['seeds']} seeds: median and 95 % interval of the median",
+        f"How far back the memory's gradient reaches: {dataset.attrs['text']}, {config['level']} level\n"
+        f"N={config['hidden_size']}, {config['seeds']} seeds: median and its 95 % interval; scales differ between rows",
         fontsize=11,
     )
     return drawn

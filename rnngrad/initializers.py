@@ -28,7 +28,7 @@ arXiv 1910.09890, section 3.1 (uniform gate initialisation, UGI).
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ PresetName = Literal["flax", "equinox", "torch", "keras", "haiku", "gaussian", "
 _TRUNCATED_STD = 0.87962566103423978
 
 
+@runtime_checkable
 class Draw(Protocol):
     """Draws one fused weight."""
 
@@ -52,6 +53,7 @@ class Draw(Protocol):
     ) -> Float[Array, "..."]: ...
 
 
+@runtime_checkable
 class GateBias(Protocol):
     """Draws the biases (b_f, b_i) of the forget and the input gate; None leaves the input gate's as it is."""
 

@@ -49,12 +49,13 @@ class LogScaled(NamedTuple):
     @property
     def log_scale(self) -> Float[Array, "..."]:
         """The scale in nats: value = mantissa · e^log_scale."""
-        return self.exponent.astype(_log_dtype(self.mantissa)) * _log_dtype(self.mantissa).type(LN2)
+        return LN2 * self.exponent.astype(_at_least_float32(self.mantissa.dtype))
 
 
-def _log_dtype(array: Array) -> np.dtype:
-    """Logarithms are kept in float32 at least: bfloat16 has two digits."""
-    return jnp.promote_types(jnp.finfo(array.dtype).dtype, jnp.float32)
+def _at_least_float32(dtype: np.dtype) -> np.dtype:
+    """Logarithms and powers are taken in float32 at least: bfloat16 has two digits, and frexp refuses it."""
+    real = jnp.finfo(dtype).dtype
+    return real if real.itemsize >= 4 else np.dtype(np.float32)
 
 
 def _event_axes(x: LogScaled) -> tuple[int, ...]:
@@ -68,7 +69,7 @@ def _expand(scale: Array, like: Array) -> Array:
 def _power_of_two(exponent: Int[Array, "..."], dtype: np.dtype) -> Float[Array, "..."]:
     """Returns 2^exponent exactly, 0 below the normal range."""
     smallest, largest = jnp.finfo(dtype).minexp, jnp.finfo(dtype).maxexp - 1
-    wide = jnp.promote_types(dtype, jnp.float32)  # ldexp takes no bfloat16
+    wide = _at_least_float32(dtype)
     power = jnp.ldexp(jnp.ones((), wide), jnp.clip(exponent, smallest, largest))
     return jnp.where(exponent < smallest, jnp.zeros((), wide), power).astype(dtype)
 
@@ -79,7 +80,7 @@ def rescale(x: LogScaled) -> LogScaled:
     A zero keeps its exponent, and NaN or inf in the mantissa stays where it is.
     """
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x.mantissa)), axis=_event_axes(x))
-    _, shift = jnp.frexp(largest.astype(_log_dtype(x.mantissa)))
+    _, shift = jnp.frexp(largest.astype(_at_least_float32(x.mantissa.dtype)))
     # Past ±limit the factor itself would leave the range; the next rescale does the rest.
     limit = -int(jnp.finfo(x.mantissa.dtype).minexp) - 1
     shift = jnp.clip(jnp.where(jnp.isfinite(largest) & (largest > 0), shift, 0), -limit, limit).astype(jnp.int32)
@@ -143,7 +144,7 @@ def log_norm(x: LogScaled, norm: Norm = "frobenius") -> Float[Array, "..."]:
       x: matrices of shape (…, M, N).
       norm: ``"frobenius"`` or ``"spectral"`` (largest singular value).
     """
-    mantissa = x.mantissa.astype(_log_dtype(x.mantissa))
+    mantissa = x.mantissa.astype(_at_least_float32(x.mantissa.dtype))
     if norm == "frobenius":
         squared = jnp.sum(jnp.square(mantissa), axis=(-2, -1))
     elif norm == "spectral":
@@ -161,7 +162,7 @@ def log_norm(x: LogScaled, norm: Norm = "frobenius") -> Float[Array, "..."]:
 
 def log_max(x: LogScaled) -> Float[Array, "..."]:
     """Returns the logarithm of the largest absolute entry, in nats; −inf for an exact zero."""
-    largest = jnp.max(jnp.abs(x.mantissa), axis=_event_axes(x)).astype(_log_dtype(x.mantissa))
+    largest = jnp.max(jnp.abs(x.mantissa), axis=_event_axes(x)).astype(_at_least_float32(x.mantissa.dtype))
     is_zero = largest == 0
     return jnp.where(is_zero, -jnp.inf, jnp.log(jnp.where(is_zero, 1, largest)) + x.log_scale)
 

@@ -15,7 +15,7 @@ sequence and ``xs: (T, B, D)`` with ``(B, N)`` a batch, by the same code.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -32,30 +32,35 @@ Gates = Any
 """Pre-activations (from ``preactivate``) or activations (from ``update``): a NamedTuple with one field per gate."""
 
 
+@runtime_checkable
 class InitFn(Protocol):
     """Draws the parameters of a cell from a key."""
 
     def __call__(self, key: Key[Array, ""]) -> Params: ...
 
 
+@runtime_checkable
 class InitStateFn(Protocol):
     """Returns the state before the first step, with ``batch_shape`` in front of the hidden axis."""
 
     def __call__(self, batch_shape: tuple[int, ...] = ()) -> State: ...
 
 
+@runtime_checkable
 class PreactivateFn(Protocol):
     """Maps (params, state, x) to the pre-activations z."""
 
     def __call__(self, params: Params, state: State, x: Any) -> Gates: ...
 
 
+@runtime_checkable
 class UpdateFn(Protocol):
     """Maps (params, z, state) to the next state and the gate activations."""
 
     def __call__(self, params: Params, z: Gates, state: State) -> tuple[State, Gates]: ...
 
 
+@runtime_checkable
 class ReadFn(Protocol):
     """Maps (params, state) to the real vector that a read-out or the next layer sees."""
 

@@ -250,9 +250,10 @@ def _blank(characters: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, on one line and without the path, which the message names already."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(reason.split()) or type(error).__name__
+    """What went wrong, and with which file if it was one, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {str(error.filename)!r}" if error.filename else "")
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _pydoc() -> Text:
@@ -288,7 +289,7 @@ def _read(path: Path) -> bytes:
         raise FileNotFoundError(f"text: no file {str(path)!r}; expected {_names()} or a file") from None
     except OSError as error:
         # Windows says "permission denied" of a folder.
-        reason = "a folder" if os.path.isdir(path) else _reason(error)
+        reason = "a folder" if os.path.isdir(path) else error.strerror
         raise ValueError(f"text: expected a readable file, found {str(path)!r}: {reason}") from None
 
 
