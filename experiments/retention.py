@@ -149,7 +149,7 @@ def _measure(cell, params, xs, read_out, target, *, field, fit_from):
         "naive_log_retention": naive,
         "naive_death_lag": full.naive_death_lag,
         "nonfinite_step": full.nonfinite_step,
-        "rate": jnp.stack([rg.decay_rate(np.arange(xs.shape[0] + 1), curves[p].log_norm, window) for p in PATHS]),
+        "rate": jnp.stack([rg.decay_rate(curves[path].log_norm, window) for path in PATHS]),
         "log_loss_gradient": gradient,
     }
 

@@ -31,7 +31,7 @@ from rnngrad.jacobians import (
     reverse_scan,
     select_columns,
 )
-from rnngrad.logscaled import LogScaled, Norm
+from rnngrad.logscaled import LogScaled
 from rnngrad.types import Cell, Params, State
 from rnngrad.unroll import states_before
 
@@ -86,7 +86,7 @@ def certificate(dtype: Any) -> Certificate:
 class _Sizes(NamedTuple):
     """What a retention curve keeps of each chain."""
 
-    norm: Norm
+    norm: str
 
     def __call__(self, chain: LogScaled) -> tuple[Array, Array, Array]:
         is_finite = jnp.all(jnp.isfinite(chain.mantissa))
@@ -109,9 +109,9 @@ def _retention(cell, params, state, xs, *, layout, path, of, wrt, norm):
 
     # The naive norm squares every entry first: it is 0 once the largest square is below the floor and inf once the sum
     # of squares is above the ceiling.  A power of two can lie exactly on the floor and survives there, so the
-    # comparison leaves it 1e-3 nats of room; 63 steps of f = 0.5 are such a case.
+    # comparison leaves it 1e-4 nats of room; 63 steps of f = 0.5 are such a case.
     floor, ceiling = certificate(dtype).float32_floor, float(np.log(np.finfo(np.float32).max))
-    dies = (2 * log_max < floor - 1e-3) | (2 * log_norm > ceiling)
+    dies = (2 * log_max < floor - 1e-4) | (2 * log_norm > ceiling)
     # flipped to run over lag; a chain that starts at zero (a remainder, ∂c/∂h) does not die there
     dies = jnp.flip(dies & ~jnp.isneginf(log_max)) & (jnp.arange(dies.shape[0]) > 0)
     exactly_zero = jnp.flip(jnp.isneginf(log_max))
@@ -120,6 +120,10 @@ def _retention(cell, params, state, xs, *, layout, path, of, wrt, norm):
     state_is_finite = jnp.stack(
         [jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(old_states)]
     ).all(axis=0)
+    # A derivative taken at a non-finite state may itself look finite (relu' at NaN is 0), so every chain that passes
+    # through such a state is marked here.
+    passes_bad_state = jnp.flip(jnp.cumsum(jnp.flip(~state_is_finite)) > 0)
+    log_norm = jnp.where(jnp.append(passes_bad_state, False), jnp.nan, log_norm)
     num_lags = log_norm.shape[0]
     none = jnp.array(-1, jnp.int32)
     last_bad = _first_true(jnp.flip(~is_finite), otherwise=none)
@@ -146,7 +150,7 @@ def retention(
     of: str | None = None,
     wrt: str | None = None,
     path: str = "full",
-    norm: Norm = "frobenius",
+    norm: str = "frobenius",
 ) -> RetentionCurve:
     """Returns log(‖∂s_T/∂s_{T−lag}‖ / ‖∂s_T/∂s_T‖) for every lag 0 … T, from one reverse scan.
 
@@ -184,7 +188,7 @@ def retention(
 
 @functools.partial(jax.jit, static_argnames=("cell", "layout", "path", "of", "wrt"))
 def _naive(cell, params, state, xs, *, layout, path, of, wrt):
-    rows = identity_rows(layout, jnp.float32, of).mantissa
+    rows = identity_rows(layout, np.dtype(np.float32), of).mantissa
     rows = rows / jnp.max(rows)
     columns = layout.block(wrt)
     kinds = ("full", "direct") if path.kind == "remainder" else (path.kind,)
@@ -238,27 +242,31 @@ def naive_retention(
     return _naive(cell, params, state, xs, layout=layout, path=parsed, of=of, wrt=wrt)
 
 
-def decay_rate(lags: Array, log_norm: Array, window: tuple[int, int]) -> Float[Array, ""]:
-    """Returns the least-squares slope of ``log_norm`` against ``lags`` over ``window[0] <= lag <= window[1]``.
+def decay_rate(log_norm: Float[Array, " L"], window: tuple[int, int]) -> Float[Array, ""]:
+    """Returns the least-squares slope of a curve over the lags ``window[0] <= lag <= window[1]``, in nats per step.
 
-    In nats per step, negative for decay.  NaN when the window holds a non-finite value; ±inf values are not a slope.
+    Negative for decay.  NaN when the window holds a non-finite value: −inf has no slope.
+
+    Args:
+      log_norm: one value for each lag 0 … T, as in a :class:`RetentionCurve`.
+      window: first and last lag of the fit.
 
     Raises:
       ValueError: fewer than two lags in the window.
 
     >>> import jax.numpy as jnp
     >>> import rnngrad as rg
-    >>> print(rg.decay_rate(jnp.arange(10), -0.5 * jnp.arange(10.0), (2, 9)))
+    >>> print(rg.decay_rate(-0.5 * jnp.arange(10.0), (2, 9)))
     -0.5
     """
-    lags, log_norm = np.asarray(lags), jnp.asarray(log_norm)
-    chosen = np.flatnonzero((lags >= window[0]) & (lags <= window[1]))
-    if len(chosen) < 2:
-        raise ValueError(
-            f"window: expected at least two lags within {window}, found {len(chosen)} (lags run {lags[0]} to {lags[-1]})"
-        )
-    x = (lags[chosen] - lags[chosen].mean()).astype(log_norm.dtype)
-    y = log_norm[chosen]
+    first, last = window
+    longest = log_norm.shape[0] - 1
+    if not 0 <= first < last <= longest:
+        raise ValueError(f"window: expected 0 <= first < last <= {longest}, the longest lag, found {window}")
+    lags = np.arange(first, last + 1)
+    x = (lags - lags.mean()).astype(log_norm.dtype)
+    y = log_norm[first : last + 1]
+    # taken relative to its start, where float32 has more digits left for the differences
     y = y - y[0]
     return jnp.where(jnp.all(jnp.isfinite(y)), jnp.sum(x * y) / np.sum(x * x), jnp.nan)
 

@@ -215,7 +215,8 @@ def check_finite(params: Params, state: State, xs: Any) -> None:
         for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
             if isinstance(leaf, jax.core.Tracer) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 continue
-            bad = ~np.asarray(jnp.isfinite(leaf))
+            # NumPy, because inside a user's jit even a constant goes through JAX as a tracer
+            bad = ~np.isfinite(np.asarray(leaf))
             if not bad.any():
                 continue
             label = f"{part}{'.' if name else ''}{name}"

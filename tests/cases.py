@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,9 +67,16 @@ class Example(NamedTuple):
     xs: jax.Array
 
 
-def example(name: str, *, num_steps: int = 6, dtype: Any = jnp.float32, seed: int = 0) -> Example:
+@functools.cache
+def _cell(name: str, dtype: str) -> rg.Cell:
+    """One cell per case and dtype for the whole session: functions of it then compile once."""
+    return CASES[name].make(INPUT_SIZE, HIDDEN_SIZE, dtype=dtype)
+
+
+@functools.cache
+def example(name: str, *, num_steps: int = 6, dtype: str = "float32", seed: int = 0) -> Example:
     """Returns an example of a case; the state is random, so that no symmetry of zero hides an error."""
-    cell = CASES[name].make(INPUT_SIZE, HIDDEN_SIZE, dtype=dtype)
+    cell = _cell(name, dtype)
     key_params, key_state, key_xs = jax.random.split(jax.random.key(seed), 3)
     state = cell.init_state()
     leaves, treedef = jax.tree.flatten(state)
