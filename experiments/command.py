@@ -1,4 +1,4 @@
-"""What every experiment's command line shares: errors in one line, tables, progress, saving, and showing stored results."""
+"""What every experiment's command line shares: one-line errors, tables, progress, saving, showing stored results."""
 
 from __future__ import annotations
 

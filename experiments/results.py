@@ -22,7 +22,7 @@ _RECORDED = ("jax", "jaxlib", "numpy", "scipy", "xarray")
 
 
 def source_digest() -> str:
-    """Returns a digest of the Python sources of ``rnngrad`` and ``experiments``: the code version that made a result."""
+    """Returns a digest of the sources of ``rnngrad`` and ``experiments``: the code version that made a result."""
     digest = hashlib.sha256()
     for folder in ("rnngrad", "experiments"):
         for file in sorted((_ROOT / folder).rglob("*.py")):
@@ -71,7 +71,9 @@ def save(dataset: xr.Dataset, path: Path) -> None:
       OSError: the folder is not writable or the disk is full; nothing is left behind and an older file stays.
     """
     encoding = {
-        name: {"zlib": True, "complevel": 6} for name, variable in dataset.data_vars.items() if variable.dtype.kind in "fi"
+        name: {"zlib": True, "complevel": 6}
+        for name, variable in dataset.data_vars.items()
+        if variable.dtype.kind in "fi"
     }
     with whole_file(path) as temporary:
         dataset.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)

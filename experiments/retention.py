@@ -192,6 +192,9 @@ def _shared_cell(cell_name: CellName, config: Config) -> rg.Cell:
     return build_cell(cell_name, "torch", config)
 
 
+MEASURED = ("log_retention", "naive_log_retention", "naive_death_lag", "nonfinite_step", "rate", "log_loss_gradient")
+"""Variables that a run measures; all others follow from them."""
+
 _DESCRIPTIONS = {
     "log_retention": ("nats", "log of ‖∂s_T/∂s_{T−lag}‖_F of the memory block, 0 at lag 0"),
     "naive_log_retention": ("nats", "the full chain by unscaled float32 product, then norm, then log"),
@@ -204,7 +207,7 @@ _DESCRIPTIONS = {
 }
 
 
-def _derive(dataset: xr.Dataset) -> xr.Dataset:
+def derive(dataset: xr.Dataset) -> xr.Dataset:
     """Returns the dataset with the quantities that follow from the measured ones, and medians with intervals."""
     gradient = dataset["log_loss_gradient"]
     share = np.exp(
@@ -298,7 +301,7 @@ def run(
         confidence=CONFIDENCE,
         seconds=round(time.perf_counter() - started, 1),
     )
-    return _derive(dataset)
+    return derive(dataset)
 
 
 # --- what a person sees ----------------------------------------------------------------------------------------------
@@ -334,6 +337,22 @@ def _rows(dataset: xr.Dataset) -> list[xr.Dataset]:
     return [dataset.isel(row=index) for index in range(dataset.sizes["row"])]
 
 
+def _cells_of(row: xr.Dataset) -> dict[str, str]:
+    """Returns one row of the table, by column title."""
+    full = row.sel(path="full")
+    broken = int((row["nonfinite_step"] >= 0).sum())
+    return {
+        "cell": str(row["cell"].values),
+        "init": str(row["init"].values) + (f" ({broken} seeds non-finite)" if broken else ""),
+        "full chain, rate": _interval(full, "rate", 3),
+        "half-life": _half_life(float(full["rate_median"])),
+        "direct path, rate": _interval(row.sel(path="direct"), "rate", 3),
+        f"log10 rest/direct, lag {row.attrs['check_lag']}": _interval(row, "log10_remainder_over_direct", 1),
+        f"∂L in last {LAST_STEPS}": _interval(row, "last_steps_share", 2),
+        "float32 dies at": _death(row),
+    }
+
+
 def table(dataset: xr.Dataset) -> rich.table.Table:
     """Returns the table a person reads first; medians over seeds with 95 % intervals."""
     attrs, config = dataset.attrs, json.loads(dataset.attrs["config"])
@@ -346,31 +365,17 @@ def table(dataset: xr.Dataset) -> rich.table.Table:
         title_justify="left",
         caption_justify="left",
     )
-    for name, justify in (
-        ("cell", "left"),
-        ("init", "left"),
-        ("full chain, rate", "right"),
-        ("half-life", "right"),
-        ("direct path, rate", "right"),
-        (f"log10 rest/direct, lag {attrs['check_lag']}", "right"),
-        (f"∂L in last {LAST_STEPS}", "right"),
-        ("float32 dies at lag", "right"),
-    ):
-        shown.add_column(name, justify=justify)
-    for row in _rows(dataset):
-        full = row.sel(path="full")
-        broken = int((row["nonfinite_step"] >= 0).sum())
-        shown.add_row(
-            str(row["cell"].values),
-            str(row["init"].values) + (f" ({broken} seeds non-finite)" if broken else ""),
-            _interval(full, "rate", 3),
-            _half_life(float(full["rate_median"])),
-            _interval(row.sel(path="direct"), "rate", 3),
-            _interval(row, "log10_remainder_over_direct", 1),
-            _interval(row, "last_steps_share", 2),
-            _death(row),
-        )
+    rows = [_cells_of(row) for row in _rows(dataset)]
+    for name in rows[0]:
+        shown.add_column(name, justify="left" if name in ("cell", "init") else "right")
+    for row in rows:
+        shown.add_row(*row.values())
     return shown
+
+
+def markdown_rows(dataset: xr.Dataset) -> list[str]:
+    """Returns the table's rows as the README prints them."""
+    return ["| {} | {} | {} | {} | {} | {} | {} | {} |".format(*_cells_of(row).values()) for row in _rows(dataset)]
 
 
 def verdict(dataset: xr.Dataset) -> list[Check]:
@@ -416,7 +421,7 @@ _LABELS = {
     "direct": "direct path (LSTM: ∏f)",
     "remainder": "remainder = full − direct",
 }
-_NAIVE = {"color": "#c81e4a", "linewidth": 1.0, "linestyle": "-"}
+_NAIVE: dict[str, Any] = {"color": "#c81e4a", "linewidth": 1.0, "linestyle": "-"}
 _CELL_TITLES = {"vanilla": "vanilla RNN", "lstm": "LSTM", "gru": "GRU"}
 
 
@@ -424,7 +429,15 @@ def _draw_naive(axes: Any, row: xr.Dataset) -> None:
     """Draws the naive curve of the seed whose death is the median one: it leaves the picture where it dies."""
     death = _median_death(row)
     if death is None:
-        axes.text(0.98, 0.04, "naive float32 survives", transform=axes.transAxes, ha="right", color=_NAIVE["color"], fontsize=9)
+        axes.text(
+            0.98,
+            0.04,
+            "naive float32 survives",
+            transform=axes.transAxes,
+            ha="right",
+            color=_NAIVE["color"],
+            fontsize=9,
+        )
         return
     seed = int(np.flatnonzero(row["naive_death_lag"].values == death)[0])
     naive = row["naive_log_retention"].values[seed]
@@ -513,7 +526,8 @@ def figure(dataset: xr.Dataset) -> matplotlib.figure.Figure:
         for axes in in_row:
             axes.set_ylim(lowest, highest)
     handles = [
-        matplotlib.lines.Line2D([], [], label=_LABELS[path], **_STYLES[path]) for path in ("full", "direct", "remainder")
+        matplotlib.lines.Line2D([], [], label=_LABELS[path], **_STYLES[path])
+        for path in ("full", "direct", "remainder")
     ]
     handles.append(matplotlib.lines.Line2D([], [], label="full chain in naive float32", **_NAIVE))
     drawn.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)

@@ -5,7 +5,15 @@ from rnngrad.cells.map import map_cell
 from rnngrad.jacobians import gate_names, jacobian_chain, prefix_products, step_jacobians
 from rnngrad.logscaled import LogScaled
 from rnngrad.paths import GradientPaths, gradient_paths
-from rnngrad.retention import Certificate, RetentionCurve, certificate, decay_rate, half_life, naive_retention, retention
+from rnngrad.retention import (
+    Certificate,
+    RetentionCurve,
+    certificate,
+    decay_rate,
+    half_life,
+    naive_retention,
+    retention,
+)
 from rnngrad.types import Cell, Trajectory
 from rnngrad.unroll import unroll
 

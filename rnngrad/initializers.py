@@ -28,16 +28,16 @@ arXiv 1910.09890, section 3.1 (uniform gate initialisation, UGI).
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from rnngrad.types import DTypeLike
+from rnngrad.types import DTypeLike, Real
 
-Kind = Literal["vanilla", "lstm", "gru"]
-PresetName = Literal["flax", "equinox", "torch", "keras", "haiku", "gaussian", "orthogonal", "identity"]
+KINDS = ("vanilla", "lstm", "gru")
+PRESETS = ("flax", "equinox", "torch", "keras", "haiku", "gaussian", "orthogonal", "identity")
 
 # Standard deviation of a standard normal truncated to [-2, 2]; what "truncated normal" initialisers divide by to keep
 # the variance asked for (scipy.stats.truncnorm(-2, 2).std()).
@@ -75,7 +75,7 @@ class Initialization(NamedTuple):
 
 
 def _uniform(recurrent: bool) -> Draw:
-    def draw(key, num_gates, hidden_size, input_size, dtype):  # noqa: ANN
+    def draw(key, num_gates, hidden_size, input_size, dtype):
         limit = hidden_size**-0.5
         shape = (num_gates * hidden_size, hidden_size if recurrent else input_size)
         return jax.random.uniform(key, shape, dtype, -limit, limit)
@@ -125,7 +125,7 @@ def _orthogonal_over_all_gates(key, num_gates, hidden_size, input_size, dtype):
     return jax.random.orthogonal(key, num_gates * hidden_size, dtype=dtype)[:, :hidden_size]
 
 
-def _orthogonal_per_gate(gain: float = 1.0) -> Draw:
+def _orthogonal_per_gate(gain: Real = 1.0) -> Draw:
     def draw(key, num_gates, hidden_size, input_size, dtype):
         blocks = jax.random.orthogonal(key, hidden_size, (num_gates,), dtype)
         return gain * blocks.reshape(num_gates * hidden_size, hidden_size)
@@ -140,22 +140,22 @@ def _identity_per_gate(gain: float) -> Draw:
     return draw
 
 
-def gaussian(gain: float = 1.0) -> Initialization:
+def gaussian(gain: Real = 1.0) -> Initialization:
     """Returns recurrent weights N(0, gain²/N), input weights N(0, 1/D), zero biases."""
     return Initialization(_normal(False), _normal(True, gain), _zero_bias)
 
 
-def orthogonal(gain: float = 1.0) -> Initialization:
+def orthogonal(gain: Real = 1.0) -> Initialization:
     """Returns recurrent weights that are ``gain`` times an orthogonal matrix in every gate, w_ih N(0, 1/D), b = 0."""
     return Initialization(_normal(False), _orthogonal_per_gate(gain), _zero_bias)
 
 
-def identity(gain: float = 1.0) -> Initialization:
+def identity(gain: Real = 1.0) -> Initialization:
     """Returns recurrent weights ``gain · I`` in every gate (IRNN, Le et al. 2015), w_ih N(0, 1/D), b = 0."""
     return Initialization(_normal(False), _identity_per_gate(gain), _zero_bias)
 
 
-def preset(name: PresetName, kind: Kind) -> Initialization:
+def preset(name: str, kind: str) -> Initialization:
     """Returns the scheme called ``name`` for a kind of cell; see the table in the module docstring.
 
     Args:
@@ -163,8 +163,10 @@ def preset(name: PresetName, kind: Kind) -> Initialization:
       kind: ``"vanilla"``, ``"lstm"`` or ``"gru"``; libraries differ from cell to cell.
 
     Raises:
-      ValueError: unknown name.
+      ValueError: unknown name or kind.
     """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of cell {kind!r}; expected one of: {', '.join(KINDS)}")
     unit = 1.0 if kind == "lstm" else 0.0
     if name == "flax":
         w_ih = _normal(False, truncated=True, corrected=True)
@@ -186,10 +188,10 @@ def preset(name: PresetName, kind: Kind) -> Initialization:
     schemes = {"gaussian": gaussian, "orthogonal": orthogonal, "identity": identity}
     if name in schemes:
         return schemes[name]()
-    raise ValueError(f"unknown initialisation {name!r}; expected one of: {', '.join(get_args(PresetName))}")
+    raise ValueError(f"unknown initialisation {name!r}; expected one of: {', '.join(PRESETS)}")
 
 
-def chrono(max_lag: float) -> GateBias:
+def chrono(max_lag: Real) -> GateBias:
     """Returns biases b_f = log U(1, max_lag − 1), b_i = −b_f: memories that last up to ``max_lag`` steps.
 
     Raises:
@@ -226,7 +228,7 @@ def ugi() -> GateBias:
 def gate_bias(
     b: Float[Array, " GN"],
     key: Key[Array, ""],
-    forget_bias: float | GateBias | None,
+    forget_bias: Real | GateBias | None,
     *,
     forget: int,
     input: int | None,
@@ -287,6 +289,6 @@ def draw_fused(
     return Fused(init.w_ih(key_ih, *sizes), init.w_hh(key_hh, *sizes), b, second, key_bias)
 
 
-def resolve(init: PresetName | Initialization, kind: Kind) -> Initialization:
+def resolve(init: str | Initialization, kind: str) -> Initialization:
     """Returns the scheme itself or the preset of that name."""
     return init if isinstance(init, Initialization) else preset(init, kind)

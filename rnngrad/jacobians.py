@@ -144,7 +144,7 @@ def step_pulls(
         z, pull_preactivate = jax.vjp(preactivate, vector)
         _, pull_update = jax.vjp(update, z, vector)
 
-    def part(row, *, direct: bool, is_open: tuple[bool, ...] | None, gated: bool = True):
+    def part(row: Array, *, direct: bool, is_open: tuple[bool, ...] | None, gated: bool = True) -> Array:
         z_bar, from_direct = pull_update(row)
         if not gated:
             return from_direct
@@ -291,7 +291,14 @@ def _states_before(cell, params, state, xs):
 
 
 def prepare(
-    cell: Cell, params: Params, state: State, xs: Any, *, path: str = "full", of: str | None = None, wrt: str | None = None
+    cell: Cell,
+    params: Params,
+    state: State,
+    xs: Any,
+    *,
+    path: str = "full",
+    of: str | None = None,
+    wrt: str | None = None,
 ) -> tuple[Layout, Path]:
     """Returns the state's layout and the parsed path, after every check that a chain's arguments owe the user."""
     check_inputs(cell, params, state, xs, one_sequence=True)

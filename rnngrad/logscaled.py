@@ -118,9 +118,7 @@ def matmul(a: LogScaled, b: LogScaled) -> LogScaled:
 
 def add(a: LogScaled, b: LogScaled) -> LogScaled:
     """Returns ``a + b``, aligned to the larger exponent and rescaled; shapes must match."""
-    exponents = [
-        jnp.where(jnp.any(x.mantissa != 0, axis=_event_axes(x)), x.exponent, _ZERO_EXPONENT) for x in (a, b)
-    ]
+    exponents = [jnp.where(jnp.any(x.mantissa != 0, axis=_event_axes(x)), x.exponent, _ZERO_EXPONENT) for x in (a, b)]
     top = jnp.maximum(*exponents)
     dtype = jnp.finfo(a.mantissa.dtype).dtype
     terms = [

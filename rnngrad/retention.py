@@ -83,14 +83,10 @@ def certificate(dtype: Any) -> Certificate:
     return Certificate(jnp.dtype(dtype).name, MATMUL_PRECISION, backend, float(np.log(smallest)))
 
 
-class _Sizes(NamedTuple):
+def _sizes(chain: LogScaled, *, norm: str) -> tuple[Array, Array, Array]:
     """What a retention curve keeps of each chain."""
-
-    norm: str
-
-    def __call__(self, chain: LogScaled) -> tuple[Array, Array, Array]:
-        is_finite = jnp.all(jnp.isfinite(chain.mantissa))
-        return logscaled.log_norm(chain, self.norm), logscaled.log_max(chain), is_finite
+    is_finite = jnp.all(jnp.isfinite(chain.mantissa))
+    return logscaled.log_norm(chain, norm), logscaled.log_max(chain), is_finite
 
 
 def _first_true(flags: Array, *, otherwise: Array) -> Array:
@@ -103,7 +99,15 @@ def _retention(cell, params, state, xs, *, layout, path, of, wrt, norm):
     dtype = real_dtype(state)
     rows = identity_rows(layout, dtype, of)
     log_norm, log_max, is_finite = chain_along(
-        cell, params, old_states, xs, rows, layout=layout, path=path, wrt=wrt, reduce=_Sizes(norm)
+        cell,
+        params,
+        old_states,
+        xs,
+        rows,
+        layout=layout,
+        path=path,
+        wrt=wrt,
+        reduce=functools.partial(_sizes, norm=norm),
     )
     start = logscaled.log_norm(rows, norm)
 

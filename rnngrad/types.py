@@ -24,6 +24,8 @@ from jaxtyping import Array, Key
 
 DTypeLike = Any
 """Anything `jnp.dtype` takes."""
+Real = float | int
+"""A number; a runtime check of ``float`` alone refuses ``1``."""
 Params = Any
 """Weights of a cell: any pytree of arrays."""
 State = Any
@@ -138,11 +140,10 @@ def _expected(cell: Cell, batch_shape: tuple[int, ...]) -> tuple[Any, Any]:
 
 def check_like(found: Any, expected: Any, *, what: str, hint: str = "", dtypes: bool = False) -> None:
     """Raises ValueError unless ``found`` has the structure and shapes (and dtypes) of ``expected``."""
-    if jax.tree.structure(found) != jax.tree.structure(expected):
-        raise ValueError(
-            f"{what} has the wrong structure: expected {jax.tree.structure(expected)}, "
-            f"found {jax.tree.structure(found)}{hint}"
-        )
+    structure: Any = jax.tree.structure(found)
+    expected_structure: Any = jax.tree.structure(expected)
+    if structure != expected_structure:
+        raise ValueError(f"{what} has the wrong structure: expected {expected_structure}, found {structure}{hint}")
     for name, x, y in zip(leaf_names(expected), jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         if jnp.shape(x) != jnp.shape(y) or (dtypes and jnp.result_type(x) != jnp.result_type(y)):
             dot = "." if name else ""
@@ -213,7 +214,7 @@ def check_finite(params: Params, state: State, xs: Any) -> None:
     """Raises ValueError for NaN or inf in concrete arrays, with the first time step for ``xs``; tracers pass unseen."""
     for part, tree in (("params", params), ("state", state), ("xs", xs)):
         for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
-            if isinstance(leaf, jax.core.Tracer) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            if isinstance(leaf, jax.core.Tracer) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 continue
             # NumPy, because inside a user's jit even a constant goes through JAX as a tracer
             bad = ~np.isfinite(np.asarray(leaf))

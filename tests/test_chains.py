@@ -282,9 +282,7 @@ def test_random_lstm_medians():
     for seed in range(20):
         _, params = random_lstm(seed)
         for path, values in found.items():
-            curve = rg.retention(
-                cell, params, cell.init_state(), inputs(seed, 100, 64), of="c", wrt="c", path=path
-            )
+            curve = rg.retention(cell, params, cell.init_state(), inputs(seed, 100, 64), of="c", wrt="c", path=path)
             values.append((curve.log_norm[-1] + 0.5 * np.log(32)) / np.log(10))  # back to the unnormalised norm
     assert abs(np.median(found["full"]) - -9.6) < 0.5
     assert abs(np.median(found["direct"]) - -12.8) < 0.5

@@ -239,7 +239,9 @@ def test_preactivation_is_affine_in_the_state(name, x64):
 
     @jax.jit
     def z(scale):
-        return ex.cell.preactivate(ex.params, jax.tree.map(lambda leaf: scale.astype(leaf.dtype) * leaf, ex.state), ex.xs[0])
+        return ex.cell.preactivate(
+            ex.params, jax.tree.map(lambda leaf: scale.astype(leaf.dtype) * leaf, ex.state), ex.xs[0]
+        )
 
     at = [z(jnp.asarray(scale)) for scale in (-1.0, 0.5, 2.0)]
     second_difference = jax.tree.map(lambda a, b, c: a - 2 * b + c, *at)

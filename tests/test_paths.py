@@ -145,7 +145,9 @@ def test_crossings_survive_where_floats_do_not():
     """400 steps of a default LSTM: every part is far below float32, shares still add up to 1."""
     cell = rg.cells.lstm(4, 8)
     xs = jax.random.normal(jax.random.key(1), (400, 4))
-    parts = rg.gradient_paths(cell, cell.init(jax.random.key(0)), cell.init_state(), xs, of="c", wrt="c", max_crossings=3)
+    parts = rg.gradient_paths(
+        cell, cell.init(jax.random.key(0)), cell.init_state(), xs, of="c", wrt="c", max_crossings=3
+    )
     assert parts.log_norm[-1].max() < -90
     assert np.isfinite(parts.log_norm[-1]).all()
     np.testing.assert_allclose(parts.share.sum(axis=1), 1, rtol=0, atol=1e-3)

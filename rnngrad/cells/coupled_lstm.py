@@ -20,9 +20,9 @@ from jaxtyping import Array, Inexact
 
 from rnngrad import initializers
 from rnngrad.cells.linear import affine
-from rnngrad.cells.lstm import GateActivation, LSTMState
+from rnngrad.cells.lstm import LSTMState
 from rnngrad.cells.vanilla import activation_function
-from rnngrad.types import Cell, DTypeLike
+from rnngrad.types import Cell, DTypeLike, Real
 
 
 class CoupledLSTMParams(NamedTuple):
@@ -45,10 +45,10 @@ def coupled_lstm(
     input_size: int,
     hidden_size: int,
     *,
-    forget_bias: float | initializers.GateBias | None = None,
-    initial_memory: float = 0.0,
-    gate_activation: GateActivation = "sigmoid",
-    init: initializers.PresetName | initializers.Initialization = "torch",
+    forget_bias: Real | initializers.GateBias | None = None,
+    initial_memory: Real = 0.0,
+    gate_activation: str = "sigmoid",
+    init: str | initializers.Initialization = "torch",
     dtype: DTypeLike = jnp.float32,
 ) -> Cell:
     """Returns the LSTM cell with i = 1 − f; options as in :func:`rnngrad.cells.lstm`.

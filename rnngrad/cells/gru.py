@@ -18,7 +18,7 @@ Source: Cho et al. 2014, arXiv 1406.1078 (before); the after form is that of cuD
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jaxtyping import Array, Inexact
 
 from rnngrad import initializers
 from rnngrad.cells.linear import matvec, per_unit
-from rnngrad.types import Cell, DTypeLike
+from rnngrad.types import Cell, DTypeLike, Real
 
 
 class GRUParams(NamedTuple):
@@ -61,10 +61,10 @@ def gru(
     input_size: int,
     hidden_size: int,
     *,
-    reset: Literal["after", "before"] = "after",
-    forget_bias: float | initializers.GateBias | None = None,
-    initial_memory: float = 0.0,
-    init: initializers.PresetName | initializers.Initialization = "torch",
+    reset: str = "after",
+    forget_bias: Real | initializers.GateBias | None = None,
+    initial_memory: Real = 0.0,
+    init: str | initializers.Initialization = "torch",
     dtype: DTypeLike = jnp.float32,
 ) -> Cell:
     """Returns the GRU cell.

@@ -22,8 +22,8 @@ from jaxtyping import Array, Inexact
 
 from rnngrad import initializers
 from rnngrad.cells.linear import matvec, per_unit
-from rnngrad.cells.vanilla import Activation, VanillaGates, VanillaState, activation_function
-from rnngrad.types import Cell, DTypeLike
+from rnngrad.cells.vanilla import VanillaGates, VanillaState, activation_function
+from rnngrad.types import Cell, DTypeLike, Real
 
 
 class IndRNNParams(NamedTuple):
@@ -38,10 +38,10 @@ def indrnn(
     input_size: int,
     hidden_size: int,
     *,
-    activation: Activation = "relu",
+    activation: str = "relu",
     max_lag: int | None = None,
-    initial_memory: float = 0.0,
-    init: initializers.PresetName | initializers.Initialization = "torch",
+    initial_memory: Real = 0.0,
+    init: str | initializers.Initialization = "torch",
     dtype: DTypeLike = jnp.float32,
 ) -> Cell:
     """Returns the IndRNN cell.

@@ -12,7 +12,7 @@ def matvec(w: Inexact[Array, "M N"], v: Inexact[Array, "*batch N"]) -> Inexact[A
     return jax.lax.dot_general(v, w, (((v.ndim - 1,), (1,)), ((), ())))
 
 
-def per_unit(vector: Inexact[Array, "M"], like: Inexact[Array, "*batch M"]) -> Inexact[Array, "*batch M"]:  # noqa: F821
+def per_unit(vector: Inexact[Array, "M"], like: Inexact[Array, "*batch M"]) -> Inexact[Array, "*batch M"]:
     """Returns a per-unit vector (a bias, a peephole) spread over the batch of ``like``."""
     return jnp.broadcast_to(vector, like.shape)
 
@@ -22,7 +22,7 @@ def affine(
     x: Inexact[Array, "*batch D"],
     w_hh: Inexact[Array, "M N"],
     h: Inexact[Array, "*batch N"],
-    b: Inexact[Array, "M"],  # noqa: F821
+    b: Inexact[Array, "M"],
 ) -> Inexact[Array, "*batch M"]:
     """Returns W x + U h + b with W = ``w_ih`` and U = ``w_hh``."""
     z = matvec(w_ih, x) + matvec(w_hh, h)

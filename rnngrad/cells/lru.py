@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
 from rnngrad.cells.linear import matvec, per_unit
-from rnngrad.types import Cell, DTypeLike
+from rnngrad.types import Cell, DTypeLike, Real
 
 
 class LRUParams(NamedTuple):
@@ -59,8 +59,8 @@ def lru(
     input_size: int,
     hidden_size: int,
     *,
-    radius: tuple[float, float] = (0.0, 1.0),
-    max_phase: float = 6.283185307179586,
+    radius: tuple[Real, Real] = (0.0, 1.0),
+    max_phase: Real = 6.283185307179586,
     dtype: DTypeLike = jnp.float32,
 ) -> Cell:
     """Returns the LRU cell with eigenvalues drawn uniformly from a ring.

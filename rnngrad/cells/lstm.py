@@ -15,7 +15,7 @@ Source: Hochreiter & Schmidhuber 1997; forget gate: Gers, Schmidhuber & Cummins 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
@@ -23,9 +23,7 @@ from jaxtyping import Array, Inexact
 from rnngrad import initializers
 from rnngrad.cells.linear import affine
 from rnngrad.cells.vanilla import activation_function
-from rnngrad.types import Cell, DTypeLike
-
-GateActivation = Literal["sigmoid", "tanh"]
+from rnngrad.types import Cell, DTypeLike, Real
 
 
 class LSTMParams(NamedTuple):
@@ -56,10 +54,10 @@ def lstm(
     input_size: int,
     hidden_size: int,
     *,
-    forget_bias: float | initializers.GateBias | None = None,
-    initial_memory: float = 0.0,
-    gate_activation: GateActivation = "sigmoid",
-    init: initializers.PresetName | initializers.Initialization = "torch",
+    forget_bias: Real | initializers.GateBias | None = None,
+    initial_memory: Real = 0.0,
+    gate_activation: str = "sigmoid",
+    init: str | initializers.Initialization = "torch",
     dtype: DTypeLike = jnp.float32,
 ) -> Cell:
     """Returns the LSTM cell.

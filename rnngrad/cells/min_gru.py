@@ -22,7 +22,7 @@ from jaxtyping import Array, Inexact
 from rnngrad import initializers
 from rnngrad.cells.gru import GRUState
 from rnngrad.cells.linear import matvec, per_unit
-from rnngrad.types import Cell, DTypeLike
+from rnngrad.types import Cell, DTypeLike, Real
 
 
 class MinGRUParams(NamedTuple):
@@ -43,9 +43,9 @@ def min_gru(
     input_size: int,
     hidden_size: int,
     *,
-    forget_bias: float | initializers.GateBias | None = None,
-    initial_memory: float = 0.0,
-    init: initializers.PresetName | initializers.Initialization = "torch",
+    forget_bias: Real | initializers.GateBias | None = None,
+    initial_memory: Real = 0.0,
+    init: str | initializers.Initialization = "torch",
     dtype: DTypeLike = jnp.float32,
 ) -> Cell:
     """Returns the minGRU cell; options as in :func:`rnngrad.cells.gru`.

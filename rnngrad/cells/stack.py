@@ -5,15 +5,16 @@
     x_0 = x,   z_l = preactivate_l(s_l, x_l),   s_l' = update_l(z_l, s_l),   x_{l+1} = read_l(s_l')
 
 States and pre-activations are NamedTuples with the fields ``layer_0``, ``layer_1``, …, so blocks and gates are
-addressed as ``"layer_1.c"`` and ``"only:layer_0.f"``.  z of an upper layer contains the lower layer's new state and with
-it a non-linearity; the split J = D + G stays exact, with D the layers' direct paths side by side and everything that
-crosses from layer to layer in G.
+addressed as ``"layer_1.c"`` and ``"only:layer_0.f"``.  z of an upper layer contains the lower layer's new state and
+with it a non-linearity; the split J = D + G stays exact, with D the layers' direct paths side by side and everything
+that crosses from layer to layer in G.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
+import itertools
 
 import jax
 
@@ -44,7 +45,7 @@ def stack(*cells: Cell) -> Cell:
     """
     if not cells:
         raise ValueError("stack: expected at least one cell, found none")
-    for index, (below, above) in enumerate(zip(cells[:-1], cells[1:], strict=True)):
+    for index, (below, above) in enumerate(itertools.pairwise(cells)):
         params, state = jax.eval_shape(below.init, jax.random.key(0)), jax.eval_shape(below.init_state)
         (width,) = jax.eval_shape(below.read, params, state).shape
         if above.input_size != width:
@@ -55,7 +56,9 @@ def stack(*cells: Cell) -> Cell:
     layers = _layers_type(len(cells))
 
     def init_params(key):
-        return layers(*(cell.init(key_layer) for cell, key_layer in zip(cells, jax.random.split(key, len(cells)), strict=True)))
+        return layers(
+            *(cell.init(key_layer) for cell, key_layer in zip(cells, jax.random.split(key, len(cells)), strict=True))
+        )
 
     def init_state(batch_shape=()):
         return layers(*(cell.init_state(batch_shape) for cell in cells))

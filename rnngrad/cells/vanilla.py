@@ -12,7 +12,8 @@ Source: Elman 1990; Pascanu, Mikolov & Bengio 2013, arXiv 1211.5063, eq. 2, with
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,14 @@ from jaxtyping import Array, Inexact
 
 from rnngrad import initializers
 from rnngrad.cells.linear import affine
-from rnngrad.types import Cell, DTypeLike
+from rnngrad.types import Cell, DTypeLike, Real
 
-Activation = Literal["tanh", "sigmoid", "relu", "identity"]
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "relu": jax.nn.relu,
+    "identity": lambda z: z,
+}
 
 
 class VanillaParams(NamedTuple):
@@ -45,25 +51,24 @@ class VanillaGates(NamedTuple):
     h: Inexact[Array, "*batch N"]
 
 
-def activation_function(name: str):
+def activation_function(name: str) -> Callable[[Array], Array]:
     """Returns φ by name.
 
     Raises:
       ValueError: unknown name.
     """
-    functions = {"tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid, "relu": jax.nn.relu, "identity": lambda z: z}
-    if name not in functions:
-        raise ValueError(f"unknown activation {name!r}; expected one of: {', '.join(get_args(Activation))}")
-    return functions[name]
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}; expected one of: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
 def vanilla(
     input_size: int,
     hidden_size: int,
     *,
-    activation: Activation = "tanh",
-    init: initializers.PresetName | initializers.Initialization = "torch",
-    initial_memory: float = 0.0,
+    activation: str = "tanh",
+    init: str | initializers.Initialization = "torch",
+    initial_memory: Real = 0.0,
     dtype: DTypeLike = jnp.float32,
 ) -> Cell:
     """Returns the vanilla cell h' = φ(W x + U h + b).

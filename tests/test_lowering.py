@@ -1,0 +1,62 @@
+"""The same code lowers for CUDA and TPU without the hardware, at the matmul precision it promises."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import pytest
+from jax import export
+
+import rnngrad as rg
+from tests.cases import CASES, example
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def _lowered(function, *arguments):
+    return export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_retention_lowers(name):
+    ex = example(name)
+    exported = _lowered(lambda *a: rg.retention(ex.cell, *a).log_norm, *ex[1:])
+    assert set(exported.platforms) == set(PLATFORMS)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda c, *a: rg.unroll(c, *a).states,
+        rg.jacobian_chain,
+        rg.step_jacobians,
+        lambda c, *a: rg.retention(c, *a, path="remainder", norm="spectral").log_norm,
+        lambda c, *a: rg.retention(c, *a, path="only:f").log_norm,
+        rg.naive_retention,
+        lambda c, *a: rg.gradient_paths(c, *a, max_crossings=2),
+        lambda c, *a: rg.prefix_products(rg.step_jacobians(c, *a)),
+        lambda c, *a: jax.grad(lambda p: rg.retention(c, p, *a[1:]).log_norm[-1])(a[0]),
+    ],
+    ids=["unroll", "chain", "step_jacobians", "remainder", "only", "naive", "paths", "prefix", "gradient"],
+)
+def test_every_measurement_lowers(function):
+    ex = example("lstm")
+    exported = _lowered(lambda *a: function(ex.cell, *a), *ex[1:])
+    assert set(exported.platforms) == set(PLATFORMS)
+
+
+def _precisions(function, *arguments):
+    """Precision of every matrix product in the program for CUDA."""
+    text = export.export(jax.jit(function), platforms=("cuda",))(*arguments).mlir_module()
+    return ["HIGHEST" if "HIGHEST" in line else "DEFAULT" for line in re.findall("stablehlo.dot_general.*", text)]
+
+
+def test_chains_multiply_at_highest_precision_and_states_at_the_users():
+    """TF32 and bfloat16 passes ruin products; the forward pass is the user's and stays at the default."""
+    ex = example("lstm")
+    assert _precisions(lambda *a: rg.unroll(ex.cell, *a).states, *ex[1:]) == ["DEFAULT", "DEFAULT"]
+    chain = _precisions(lambda *a: rg.retention(ex.cell, *a, of="c", wrt="c").log_norm, *ex[1:])
+    # W x and U h of the forward pass; then both again at the linearisation point, and the product with U
+    assert chain == ["DEFAULT", "DEFAULT", "HIGHEST", "HIGHEST", "HIGHEST"]
+    assert _precisions(rg.prefix_products, rg.step_jacobians(*ex)).count("DEFAULT") == 0

@@ -1,0 +1,114 @@
+"""Stored results: whole or not at all, and an error in one line for every damaged file."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from experiments import results
+
+
+def dataset(value=1.0):
+    return xr.Dataset({"a": (("seed", "lag"), np.full((2, 3), value))}).assign_attrs(experiment="retention")
+
+
+def test_round_trip_with_infinities(tmp_path):
+    stored = dataset(-np.inf)
+    results.save(stored, tmp_path / "r.nc")
+    xr.testing.assert_identical(results.load(tmp_path / "r.nc", experiment="retention"), stored)
+    assert [file.name for file in tmp_path.iterdir()] == ["r.nc"]
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no result file .*r.nc: expected a netCDF file written by"):
+        results.load(tmp_path / "r.nc", experiment="retention")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def test_damaged_file(tmp_path, damage):
+    file = tmp_path / "r.nc"
+    results.save(dataset(), file)
+    whole = file.read_bytes()
+    file.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not a netCDF file"}[damage])
+    with pytest.raises(ValueError, match="is not a readable netCDF file"):
+        results.load(file, experiment="retention")
+
+
+def test_file_of_another_experiment(tmp_path):
+    results.save(dataset().assign_attrs(experiment="bounds"), tmp_path / "r.nc")
+    with pytest.raises(ValueError, match="expected a result of experiment 'retention', found 'bounds'"):
+        results.load(tmp_path / "r.nc", experiment="retention")
+
+
+def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    file = tmp_path / "r.nc"
+    results.save(dataset(1.0), file)
+
+    def full(self, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(xr.Dataset, "to_netcdf", full)
+        with pytest.raises(OSError, match="No space left"):
+            results.save(dataset(2.0), file)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["r.nc"]
+    assert float(results.load(file, experiment="retention")["a"][0, 0]) == 1.0
+
+
+def test_folder_that_is_a_file_is_not_writable(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(OSError, match=r"output folder .*out is not writable: File exists"):
+        results.writable_folder(tmp_path / "out")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_folder_without_permission_is_not_writable(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError, match="is not writable: Permission denied"):
+        results.writable_folder(tmp_path / "out")
+
+
+def test_parts_are_resumed_only_by_the_same_configuration(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return dataset()
+
+    parts = results.Parts(tmp_path, experiment="retention", config={"steps": 3})
+    assert parts.get("lstm", make)[1] is False
+    assert parts.get("lstm", make)[1] is True
+    assert results.Parts(tmp_path, experiment="retention", config={"steps": 4}).get("lstm", make)[1] is False
+    assert len(made) == 2
+    # a damaged part is made again
+    next(parts.folder.glob("lstm.nc")).write_bytes(b"half")
+    assert parts.get("lstm", make)[1] is False
+    parts.discard()
+    assert not parts.folder.exists()
+    parts.discard()
+
+
+def test_provenance_is_complete_and_names_no_path():
+    found = results.provenance(
+        experiment="x", command="python -m experiments.x", config={"a": 1}, text=None, dtype="float32"
+    )
+    for name in ("config", "rnngrad_version", "source_digest", "python", "versions", "backend", "device", "created"):
+        assert found[name]
+    assert "text" not in found
+    assert found["dtype"] == "float32"
+    assert not any(str(results._ROOT) in str(value) for value in found.values())
+
+
+def test_source_digest_changes_with_the_sources(tmp_path, monkeypatch):
+    (tmp_path / "rnngrad").mkdir()
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "rnngrad" / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(results, "_ROOT", tmp_path)
+    before = results.source_digest()
+    (tmp_path / "rnngrad" / "a.py").write_text("x = 2\n")
+    assert results.source_digest() != before
