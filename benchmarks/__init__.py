@@ -1,0 +1,1 @@
+"""Benchmarks: one file, one comparison; equality is checked before time.  ``python -m benchmarks --help``."""

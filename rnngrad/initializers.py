@@ -3,7 +3,7 @@
 Cells store fused weights, one block of N rows per gate: ``w_ih: (G·N, D)``, ``w_hh: (G·N, N)``, ``b: (G·N,)``.  A
 scheme is an :class:`Initialization`; every drawing function has the one signature ``(key, num_gates, hidden_size,
 input_size, dtype)``.  "Per gate" matters: one N×4N orthogonal draw (Keras) is *not* orthogonal gate by gate, its N×N
-blocks have singular values of at most about 0.87.
+blocks have singular values of at most about √3/2 = 0.87, the edge for N → ∞.
 
 Library defaults, read in their sources (Flax 0.12, Equinox 0.13, Torch 2.13, Keras 3, Haiku 0.0.x):
 
@@ -17,6 +17,8 @@ keras      Glorot uniform over all gates at once   orthogonal over all gates  0 
 haiku      truncated normal of std 1/√(D+N)        the same draw              0                      1 (LSTM)
 =========  ======================================  =========================  =====================  ===========
 
+The flax row is that of linen and of ``nnx.LSTMCell`` and ``nnx.SimpleCell``; ``nnx.OptimizedLSTMCell`` and
+``nnx.GRUCell`` draw one orthogonal matrix over all gates, and ``nnx.GRUCell`` has no recurrent bias of the candidate.
 Haiku's vanilla cell and GRU draw ``w_ih`` and ``w_hh`` apart, with fan-in D and N; its GRU corrects the variance for
 the truncation, its linear layers do not.  Equinox ships no vanilla cell; its preset uses the same U(±1/√N) there.
 The bias that counts is the *effective* one: libraries with two biases add them, and so does the preset.
@@ -121,13 +123,19 @@ def _glorot_over_all_gates(key, num_gates, hidden_size, input_size, dtype):
     return jax.random.uniform(key, (num_gates * hidden_size, input_size), dtype, -limit, limit)
 
 
+def _orthogonal(key, num_rows, num_columns, num_matrices, dtype):
+    """Orthonormal columns; drawn in float32 at least, since QR knows no bfloat16."""
+    wide = jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
+    return jax.random.orthogonal(key, num_rows, (num_matrices,), wide, m=num_columns).astype(dtype)
+
+
 def _orthogonal_over_all_gates(key, num_gates, hidden_size, input_size, dtype):
-    return jax.random.orthogonal(key, num_gates * hidden_size, dtype=dtype)[:, :hidden_size]
+    return _orthogonal(key, num_gates * hidden_size, hidden_size, 1, dtype)[0]
 
 
 def _orthogonal_per_gate(gain: Real = 1.0) -> Draw:
     def draw(key, num_gates, hidden_size, input_size, dtype):
-        blocks = jax.random.orthogonal(key, hidden_size, (num_gates,), dtype)
+        blocks = _orthogonal(key, hidden_size, hidden_size, num_gates, dtype)
         return gain * blocks.reshape(num_gates * hidden_size, hidden_size)
 
     return draw
@@ -261,13 +269,15 @@ def gate_bias(
 
 
 class Fused(NamedTuple):
-    """The fused weights of a gated cell before any forget bias, and what the second bias of a library would be."""
+    """The fused weights of a cell before any forget bias."""
 
     w_ih: Float[Array, "GN D"]
     w_hh: Float[Array, "GN N"]
+    """Empty for a cell whose gates do not hear the state."""
     b: Float[Array, " GN"]
-    second_b: Float[Array, " GN"]
+    """Effective bias, the sum of both of a library that has two."""
     key_bias: Key[Array, ""]
+    """For what else the cell draws of its biases."""
 
 
 def draw_fused(
@@ -277,16 +287,30 @@ def draw_fused(
     hidden_size: int,
     input_size: int,
     dtype: DTypeLike,
+    *,
+    recurrent: bool = True,
+    single_biases: tuple[int, ...] = (),
 ) -> Fused:
     """Returns every fused weight of a cell with ``num_gates`` gates.
 
-    ``b`` and ``second_b`` are the two biases of a library that has two; with one, ``second_b`` is zero.
+    Args:
+      key: for all draws.
+      init: the scheme.
+      num_gates: G, blocks of N rows.
+      hidden_size: N.
+      input_size: D.
+      dtype: floating dtype.
+      recurrent: draw ``w_hh``; a cell whose gates do not hear the state has none.
+      single_biases: gates that keep their second bias elsewhere, so that ``b`` holds only the first.
     """
     key_ih, key_hh, key_b, key_second, key_bias = jax.random.split(key, 5)
     sizes = (num_gates, hidden_size, input_size, dtype)
     b = init.b(key_b, *sizes)
-    second = init.b(key_second, *sizes) if init.num_biases == 2 else jnp.zeros_like(b)
-    return Fused(init.w_ih(key_ih, *sizes), init.w_hh(key_hh, *sizes), b, second, key_bias)
+    if init.num_biases == 2:
+        second = init.b(key_second, *sizes).reshape(num_gates, hidden_size)
+        b = b + second.at[jnp.array(single_biases, jnp.int32)].set(0).ravel()
+    w_hh = init.w_hh(key_hh, *sizes) if recurrent else jnp.zeros((0, hidden_size), dtype)
+    return Fused(init.w_ih(key_ih, *sizes), w_hh, b, key_bias)
 
 
 def resolve(init: str | Initialization, kind: str) -> Initialization:

@@ -83,10 +83,9 @@ def certificate(dtype: Any) -> Certificate:
     return Certificate(jnp.dtype(dtype).name, MATMUL_PRECISION, backend, float(np.log(smallest)))
 
 
-def _sizes(chain: LogScaled, *, norm: str) -> tuple[Array, Array, Array]:
-    """What a retention curve keeps of each chain."""
-    is_finite = jnp.all(jnp.isfinite(chain.mantissa))
-    return logscaled.log_norm(chain, norm), logscaled.log_max(chain), is_finite
+def _sizes(chain: LogScaled, *, norm: str) -> tuple[Array, Array]:
+    """What a retention curve keeps of each chain: as few passes over it as will do."""
+    return logscaled.log_norm(chain, norm), logscaled.log_max(chain)
 
 
 def _first_true(flags: Array, *, otherwise: Array) -> Array:
@@ -98,7 +97,7 @@ def _retention(cell, params, state, xs, *, layout, path, of, wrt, norm):
     old_states = states_before(cell, params, state, xs)
     dtype = real_dtype(state)
     rows = identity_rows(layout, dtype, of)
-    log_norm, log_max, is_finite = chain_along(
+    log_norm, log_max = chain_along(
         cell,
         params,
         old_states,
@@ -130,7 +129,8 @@ def _retention(cell, params, state, xs, *, layout, path, of, wrt, norm):
     log_norm = jnp.where(jnp.append(passes_bad_state, False), jnp.nan, log_norm)
     num_lags = log_norm.shape[0]
     none = jnp.array(-1, jnp.int32)
-    last_bad = _first_true(jnp.flip(~is_finite), otherwise=none)
+    broken = jnp.isnan(log_max) | jnp.isposinf(log_max)
+    last_bad = _first_true(jnp.flip(broken), otherwise=none)
     from_chain = jnp.where(last_bad < 0, none, num_lags - 1 - last_bad)
     return RetentionCurve(
         lags=jnp.arange(num_lags, dtype=jnp.int32),

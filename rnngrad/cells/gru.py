@@ -91,22 +91,22 @@ def gru(
     if reset not in ("after", "before"):
         raise ValueError(f"unknown reset {reset!r}; expected 'after' or 'before'")
     scheme = initializers.resolve(init, "gru")
-    n_block = slice(2 * hidden_size, 3 * hidden_size)
 
     def init_params(key):
-        drawn = initializers.draw_fused(key, scheme, 3, hidden_size, input_size, dtype)
         # r and u add both biases of a library that has two; n keeps them apart, inside and outside of r ⊙ (…).
-        b_m = drawn.second_b[n_block]
+        drawn = initializers.draw_fused(key, scheme, 3, hidden_size, input_size, dtype, single_biases=(2,))
+        key_gate, key_m = jax.random.split(drawn.key_bias)
+        b_m = scheme.b(key_m, 1, hidden_size, input_size, dtype)
         b = initializers.gate_bias(
-            drawn.b + drawn.second_b.at[n_block].set(0),
-            drawn.key_bias,
+            drawn.b,
+            key_gate,
             forget_bias,
             forget=1,
             input=None,
             hidden_size=hidden_size,
             preset_offset=scheme.forget_bias,
         )
-        return GRUParams(drawn.w_ih, drawn.w_hh, b, b_m)
+        return GRUParams(drawn.w_ih, drawn.w_hh, b, b_m if reset == "after" else jnp.zeros_like(b_m))
 
     def init_state(batch_shape=()):
         return GRUState(h=jnp.full((*batch_shape, hidden_size), initial_memory, dtype))

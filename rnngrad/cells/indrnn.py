@@ -67,9 +67,9 @@ def indrnn(
 
     def init_params(key):
         key_fused, key_u = jax.random.split(key)
-        drawn = initializers.draw_fused(key_fused, scheme, 1, hidden_size, input_size, dtype)
+        drawn = initializers.draw_fused(key_fused, scheme, 1, hidden_size, input_size, dtype, recurrent=False)
         u = jax.random.uniform(key_u, (hidden_size,), dtype, low, high)
-        return IndRNNParams(drawn.w_ih, u, drawn.b + drawn.second_b)
+        return IndRNNParams(drawn.w_ih, u, drawn.b)
 
     def init_state(batch_shape=()):
         return VanillaState(h=jnp.full((*batch_shape, hidden_size), initial_memory, dtype))

@@ -85,7 +85,7 @@ def lstm(
     def init_params(key):
         drawn = initializers.draw_fused(key, scheme, 4, hidden_size, input_size, dtype)
         b = initializers.gate_bias(
-            drawn.b + drawn.second_b,
+            drawn.b,
             drawn.key_bias,
             forget_bias,
             forget=1,

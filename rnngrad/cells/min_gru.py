@@ -59,9 +59,9 @@ def min_gru(
     scheme = initializers.resolve(init, "gru")
 
     def init_params(key):
-        drawn = initializers.draw_fused(key, scheme, 2, hidden_size, input_size, dtype)
+        drawn = initializers.draw_fused(key, scheme, 2, hidden_size, input_size, dtype, recurrent=False)
         b = initializers.gate_bias(
-            drawn.b + drawn.second_b,
+            drawn.b,
             drawn.key_bias,
             forget_bias,
             forget=0,

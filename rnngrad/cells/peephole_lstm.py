@@ -65,7 +65,7 @@ def peephole_lstm(
         key_fused, *keys_p = jax.random.split(key, 4)
         drawn = initializers.draw_fused(key_fused, scheme, 4, hidden_size, input_size, dtype)
         b = initializers.gate_bias(
-            drawn.b + drawn.second_b,
+            drawn.b,
             drawn.key_bias,
             forget_bias,
             forget=1,

@@ -93,7 +93,7 @@ def vanilla(
 
     def init_params(key):
         drawn = initializers.draw_fused(key, scheme, 1, hidden_size, input_size, dtype)
-        return VanillaParams(drawn.w_ih, drawn.w_hh, drawn.b + drawn.second_b)
+        return VanillaParams(drawn.w_ih, drawn.w_hh, drawn.b)
 
     def init_state(batch_shape=()):
         return VanillaState(h=jnp.full((*batch_shape, hidden_size), initial_memory, dtype))

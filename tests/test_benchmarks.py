@@ -1,0 +1,60 @@
+"""Every benchmark runs at its smoke size and asserts equality before it times; nothing here asserts a speed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as command_line
+
+STORED = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("name", command_line.NAMES)
+def test_benchmark_runs(name):
+    rows = importlib.import_module(f"benchmarks.{name}").run(smoke=True)
+    assert rows
+    for row in rows:
+        assert row.benchmark == name
+        assert row.spread[0] <= row.value <= row.spread[1]
+        assert row.value > 0
+
+
+def test_every_file_is_a_benchmark_in_the_list():
+    files = {file.stem for file in Path(command_line.__file__).parent.glob("*.py")}
+    assert files - {"__init__", "__main__", "harness"} == set(command_line.NAMES)
+
+
+def test_a_wrong_result_stops_the_benchmark_before_any_timing(monkeypatch):
+    module = importlib.import_module("benchmarks.chain_against_matmul")
+    monkeypatch.setattr(module.rg, "step_jacobians", lambda *_: 2 * __import__("numpy").ones((10, 32, 32)))
+    monkeypatch.setattr(module, "timed", lambda *_: pytest.fail("timed although the results differ"))
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        module.run(smoke=True)
+
+
+@pytest.mark.parametrize("name", command_line.NAMES)
+def test_stored_results_say_where_they_come_from(name):
+    stored = json.loads((STORED / f"{name}.json").read_text(encoding="utf-8"))
+    assert stored["smoke"] is False
+    for key in ("device", "cores", "versions", "python", "created"):
+        assert stored["machine"][key]
+    assert all(row["benchmark"] == name for row in stored["rows"])
+
+
+def test_command_line_writes_one_file_per_benchmark(tmp_path, capsys):
+    config = command_line.Config(names=("chain_against_matmul",), smoke=True, out=tmp_path / "b")
+    command_line.main(config)
+    assert [file.name for file in (tmp_path / "b").iterdir()] == ["chain_against_matmul.json"]
+    assert "reverse scan" in " ".join(capsys.readouterr().out.split())
+
+
+def test_output_folder_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "b").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(command_line.Config(smoke=True, out=tmp_path / "b"))
+    assert stopped.value.code == 2
+    assert "is not writable" in capsys.readouterr().err
