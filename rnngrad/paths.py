@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rnngrad import logscaled
-from rnngrad.jacobians import identity_rows, prepare, real_dtype, reverse_scan, select_columns
+from rnngrad.jacobians import Keep, identity_rows, prepare, real_dtype, reverse_scan
 from rnngrad.logscaled import LogScaled
 from rnngrad.types import Cell, Params, State
-from rnngrad.unroll import states_before
+from rnngrad.unroll import points_of
 
 
 class GradientPaths(NamedTuple):
@@ -50,22 +50,16 @@ def _sum(parts: LogScaled) -> LogScaled:
 
 @functools.partial(jax.jit, static_argnames=("cell", "layout", "of", "wrt", "max_crossings"))
 def _paths(cell, params, state, xs, *, layout, of, wrt, max_crossings):
-    dtype = real_dtype(state)
-    columns = layout.block(wrt)
-    rows = identity_rows(layout, dtype, of)
-    num_parts = max_crossings + 2
-    carry = LogScaled(
-        jnp.zeros((num_parts, *rows.mantissa.shape), dtype).at[0].set(rows.mantissa),
-        jnp.zeros(num_parts, jnp.int32).at[0].set(rows.exponent),
-    )
+    keep = Keep(layout, wrt, joined=True, then=None)
+    rows = identity_rows(layout, real_dtype(state), of)
+    # all parts in one array per block, part by part; only M_0 = I is not zero at lag 0
+    carry = jax.tree.map(lambda leaf: jnp.zeros((max_crossings + 2, *leaf.shape), leaf.dtype).at[0].set(leaf), rows)
 
     def advance(pulls, parts):
         inner = jax.tree.map(lambda leaf: leaf[:-1], parts)
         beyond = jax.tree.map(lambda leaf: leaf[-1:], parts)
-        stay = LogScaled(
-            jnp.concatenate([jax.vmap(pulls.direct)(inner.mantissa), jax.vmap(pulls.full)(beyond.mantissa)]),
-            parts.exponent,
-        )
+        moved = jax.vmap(pulls.direct)(inner.mantissa), jax.vmap(pulls.full)(beyond.mantissa)
+        stay = LogScaled(jax.tree.map(lambda *both: jnp.concatenate(both), *moved), parts.exponent)
         cross = LogScaled(jax.vmap(pulls.gated)(inner.mantissa), inner.exponent)
         # part m receives the crossing of part m − 1; part 0 receives nothing
         nothing = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:1]), cross)
@@ -73,7 +67,7 @@ def _paths(cell, params, state, xs, *, layout, of, wrt, max_crossings):
         return logscaled.add(logscaled.rescale(stay), logscaled.rescale(arriving))
 
     def emit(parts):
-        block = LogScaled(select_columns(parts.mantissa, columns), parts.exponent)
+        block = keep(parts)
         total = logscaled.rescale(_sum(block))
         log_total = logscaled.log_norm(total)
         inner = jnp.sum(block.mantissa * jnp.broadcast_to(total.mantissa, block.mantissa.shape), axis=(-2, -1))
@@ -83,13 +77,14 @@ def _paths(cell, params, state, xs, *, layout, of, wrt, max_crossings):
         square = jnp.sum(jnp.square(total.mantissa)).astype(log_total.dtype)
         return logscaled.log_norm(block), share / jnp.broadcast_to(square, share.shape)
 
-    old_states = states_before(cell, params, state, xs)
-    final, (log_norm, share) = reverse_scan(cell, params, old_states, xs, layout, carry, advance, emit)
+    points = points_of(cell, params, state, xs)
+    final, (log_norm, share) = reverse_scan(cell, params, points, layout, carry, advance, emit)
     start_norm, start_share = emit(carry)
-    log_norm = jnp.flip(jnp.concatenate([log_norm, start_norm[None]]), axis=0) - logscaled.log_norm(rows)
+    log_norm = jnp.flip(jnp.concatenate([log_norm, start_norm[None]]), axis=0) - logscaled.log_norm(
+        identity_rows(layout, real_dtype(state), of)
+    )
     share = jnp.flip(jnp.concatenate([share, start_share[None]]), axis=0)
-    parts = LogScaled(select_columns(final.mantissa, columns), final.exponent)
-    return GradientPaths(jnp.arange(log_norm.shape[0], dtype=jnp.int32), log_norm, share, parts)
+    return GradientPaths(jnp.arange(log_norm.shape[0], dtype=jnp.int32), log_norm, share, keep(final))
 
 
 def gradient_paths(

@@ -23,17 +23,17 @@ from jaxtyping import Array, Float, Int
 from rnngrad import logscaled
 from rnngrad.jacobians import (
     MATMUL_PRECISION,
+    Keep,
     chain_along,
     identity_rows,
     layout_of,
     prepare,
     real_dtype,
     reverse_scan,
-    select_columns,
 )
 from rnngrad.logscaled import LogScaled
 from rnngrad.types import Cell, Params, State
-from rnngrad.unroll import states_before
+from rnngrad.unroll import points_of
 
 
 class Certificate(NamedTuple):
@@ -83,9 +83,17 @@ def certificate(dtype: Any) -> Certificate:
     return Certificate(jnp.dtype(dtype).name, MATMUL_PRECISION, backend, float(np.log(smallest)))
 
 
-def _sizes(chain: LogScaled, *, norm: str) -> tuple[Array, Array]:
-    """What a retention curve keeps of each chain: as few passes over it as will do."""
-    return logscaled.log_norm(chain, norm), logscaled.log_max(chain)
+def _sizes(chain: LogScaled, *, norm: str, floor: float) -> tuple[Array, Array]:
+    """What a retention curve keeps of each chain: its log-norm, and a log-maximum that is right where it matters.
+
+    Only whether the largest square lies below the floor is asked later.  Since max² ≤ Σ² ≤ MN max², the Frobenius norm
+    answers that except within log(MN) of the floor, and the pass over the matrix is made there alone.
+    """
+    log_frobenius = logscaled.log_norm(chain)
+    entries = sum(block.size for block in chain.mantissa)
+    is_open = (2 * log_frobenius > floor - 1) & (2 * log_frobenius < floor + float(np.log(entries)) + 1)
+    log_max = jax.lax.cond(is_open, logscaled.log_max, lambda _: log_frobenius, chain)
+    return log_frobenius if norm == "frobenius" else logscaled.log_norm(chain, norm), log_max
 
 
 def _first_true(flags: Array, *, otherwise: Array) -> Array:
@@ -94,26 +102,24 @@ def _first_true(flags: Array, *, otherwise: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("cell", "layout", "path", "of", "wrt", "norm"))
 def _retention(cell, params, state, xs, *, layout, path, of, wrt, norm):
-    old_states = states_before(cell, params, state, xs)
+    points = points_of(cell, params, state, xs)
     dtype = real_dtype(state)
+    floor = certificate(dtype).float32_floor
     rows = identity_rows(layout, dtype, of)
     log_norm, log_max = chain_along(
         cell,
         params,
-        old_states,
-        xs,
+        points,
         rows,
-        layout=layout,
         path=path,
-        wrt=wrt,
-        reduce=functools.partial(_sizes, norm=norm),
+        keep=Keep(layout, wrt, joined=False, then=functools.partial(_sizes, norm=norm, floor=floor)),
     )
     start = logscaled.log_norm(rows, norm)
 
     # The naive norm squares every entry first: it is 0 once the largest square is below the floor and inf once the sum
     # of squares is above the ceiling.  A power of two can lie exactly on the floor and survives there, so the
     # comparison leaves it 1e-4 nats of room; 63 steps of f = 0.5 are such a case.
-    floor, ceiling = certificate(dtype).float32_floor, float(np.log(np.finfo(np.float32).max))
+    ceiling = float(np.log(np.finfo(np.float32).max))
     dies = (2 * log_max < floor - 1e-4) | (2 * log_norm > ceiling)
     # flipped to run over lag; a chain that starts at zero (a remainder, ∂c/∂h) does not die there
     dies = jnp.flip(dies & ~jnp.isneginf(log_max)) & (jnp.arange(dies.shape[0]) > 0)
@@ -121,7 +127,7 @@ def _retention(cell, params, state, xs, *, layout, path, of, wrt, norm):
     dies = dies | (exactly_zero & (jnp.cumsum(~exactly_zero) > 0))
 
     state_is_finite = jnp.stack(
-        [jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(old_states)]
+        [jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(points.state)]
     ).all(axis=0)
     # A derivative taken at a non-finite state may itself look finite (relu' at NaN is 0), so every chain that passes
     # through such a state is marked here.
@@ -192,23 +198,24 @@ def retention(
 
 @functools.partial(jax.jit, static_argnames=("cell", "layout", "path", "of", "wrt"))
 def _naive(cell, params, state, xs, *, layout, path, of, wrt):
-    rows = identity_rows(layout, np.dtype(np.float32), of).mantissa
-    rows = rows / jnp.max(rows)
+    rows = logscaled.to_array(identity_rows(layout, np.dtype(np.float32), of))
     columns = layout.block(wrt)
     kinds = ("full", "direct") if path.kind == "remainder" else (path.kind,)
+
+    def log_norm(blocks):
+        return jnp.log(jnp.sqrt(sum(jnp.sum(jnp.square(block)) for block in blocks)))
 
     def advance(pulls, carry):
         return tuple(getattr(pulls, kind)(part) for kind, part in zip(kinds, carry, strict=True))
 
     def emit(carry):
-        chain = carry[0] - carry[1] if path.kind == "remainder" else carry[0]
-        return jnp.log(jnp.sqrt(jnp.sum(jnp.square(select_columns(chain, columns)))))
+        chain = jax.tree.map(jnp.subtract, *carry) if path.kind == "remainder" else carry[0]
+        return log_norm(block for block, is_in in zip(chain, columns, strict=True) if is_in)
 
-    old_states = states_before(cell, params, state, xs)
+    points = points_of(cell, params, state, xs)
     carry = (rows,) * len(kinds)
-    _, stacked = reverse_scan(cell, params, old_states, xs, layout, carry, advance, emit, path.gate_is_open)
-    start = jnp.log(jnp.sqrt(jnp.sum(jnp.square(rows))))
-    return jnp.flip(jnp.concatenate([stacked, emit(carry)[None]])) - start
+    _, stacked = reverse_scan(cell, params, points, layout, carry, advance, emit, path.gate_is_open)
+    return jnp.flip(jnp.concatenate([stacked, emit(carry)[None]])) - log_norm(rows)
 
 
 def naive_retention(

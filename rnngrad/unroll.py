@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from rnngrad.types import Cell, Params, State, Trajectory, check_inputs
+from rnngrad.types import Cell, Gates, Params, State, Trajectory, check_inputs
 
 
 def unroll(cell: Cell, params: Params, state: State, xs: Any) -> Trajectory:
@@ -41,11 +41,27 @@ def unroll(cell: Cell, params: Params, state: State, xs: Any) -> Trajectory:
     return Trajectory(states, gates, final)
 
 
-def states_before(cell: Cell, params: Params, state: State, xs: Any) -> State:
-    """Returns the states *before* each step, s_0 … s_{T−1}: the points at which step Jacobians are taken."""
+class Point(NamedTuple):
+    """Where a step Jacobian is taken; with a leading axis T, every step of a run."""
+
+    state: State
+    """The old state, s_t."""
+    z: Gates
+    """The pre-activations that the forward pass computed there."""
+    x: Any
+    """The input."""
+
+
+def points_of(cell: Cell, params: Params, state: State, xs: Any) -> Point:
+    """Returns the points of every step of a run, leading axis T: s_0 … s_{T−1}, their pre-activations and inputs.
+
+    Keeping z costs T times the gates in memory and spares the reverse scan two matrix-vector products per step.
+    """
 
     def body(carry, x):
-        new, _ = cell.step(params, carry, x)
-        return new, carry
+        z = cell.preactivate(params, carry, x)
+        new, _ = cell.update(params, z, carry)
+        return new, (carry, z)
 
-    return jax.lax.scan(body, state, xs)[1]
+    _, (states, zs) = jax.lax.scan(body, state, xs)
+    return Point(states, zs, xs)

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
 
 import rnngrad as rg
-from rnngrad import cells
+from rnngrad import cells, logscaled
+from rnngrad.jacobians import Layout, identity_rows, layout_of
+from rnngrad.unroll import Point
 
 INPUT_SIZE, HIDDEN_SIZE = 3, 4  # N ≠ D, so that a transposed weight cannot pass
+
+
+def rows(names: Iterable[str], *, fast: Iterable[str] | None = None) -> pytest.MarkDecorator:
+    """Returns the parametrisation over cells; those not in ``fast`` are marked slow.
+
+    One worker gets all tests of a cell, and with them what was compiled for it: compiling dominates these tests.
+    """
+    chosen = None if fast is None else set(fast)
+    return pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(
+                name,
+                marks=[
+                    pytest.mark.xdist_group(name),
+                    *([] if chosen is None or name in chosen else [pytest.mark.slow]),
+                ],
+            )
+            for name in names
+        ],
+    )
 
 
 class Case(NamedTuple):
@@ -55,6 +81,26 @@ CASES: dict[str, Case] = {
     "lru": Case(_with(cells.lru, radius=(0.5, 0.95)), "h"),
     "stack": Case(_stack, "layer_1.c", is_affine=False, has_oracle=False),
 }
+
+
+def point_at(cell: rg.Cell, params: Any, state: Any, x: Any) -> Point:
+    """Returns the point of one step, for tests of a single step Jacobian."""
+    return Point(state, cell.preactivate(params, state, x), x)
+
+
+def flatten(state: Any) -> jax.Array:
+    """Returns a state as one real vector, leaf after leaf."""
+    return jnp.concatenate(layout_of(state).split(state))
+
+
+def unflatten(layout: Layout, vector: jax.Array) -> Any:
+    """Returns the state that lies in ``vector``."""
+    return layout.merge(tuple(jnp.split(vector, np.cumsum(layout.sizes)[:-1])))
+
+
+def as_matrix(pull: Any, layout: Layout, dtype: str = "float64") -> jax.Array:
+    """Returns the Jacobian whose pull-back is ``pull``, row = output."""
+    return jnp.concatenate(pull(logscaled.to_array(identity_rows(layout, np.dtype(dtype), None))), axis=-1)
 
 
 class Example(NamedTuple):

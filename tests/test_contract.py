@@ -11,21 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import rnngrad as rg
 from rnngrad.jacobians import layout_of, step_pulls
-from tests.cases import CASES, INPUT_SIZE, example
+from tests.cases import CASES, INPUT_SIZE, as_matrix, example, flatten, point_at, rows, unflatten
 from tests.oracles import DIRECTS, JACOBIANS, ORACLES
 
-
-def _rows(names):
-    # one worker gets all tests of a cell, and with them what was compiled for it
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names])
-
-
-every_cell = _rows(CASES)
-with_oracle = _rows(name for name, case in CASES.items() if case.has_oracle)
+every_cell = rows(CASES)
+with_oracle = rows(name for name, case in CASES.items() if case.has_oracle)
 
 # float64: a step is a few dozen roundings of size 1.1e-16 on numbers of order 1.
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -47,26 +40,26 @@ def facts(name: str) -> dict[str, Any]:
         weights = jnp.cos(jnp.arange(sum(layout.sizes), dtype=jnp.float64))
 
         def end(vector, params, xs):
-            return layout.flatten(rg.unroll(cell, params, layout.unflatten(vector), xs).final)
+            return flatten(rg.unroll(cell, params, unflatten(layout, vector), xs).final)
 
         def loss(vector, params, xs):
             return jnp.sum(weights * jnp.tanh(end(vector, params, xs)))
 
         def compute(params, state, xs):
-            step = lambda v: layout.flatten(cell.step(params, layout.unflatten(v), xs[0])[0])
-            pulls = step_pulls(cell, params, state, xs[0], layout)
+            step = lambda v: flatten(cell.step(params, unflatten(layout, v), xs[0])[0])
+            pulls = step_pulls(cell, params, point_at(cell, params, state, xs[0]), layout)
             trajectory = rg.unroll(cell, params, state, xs)
-            vector = layout.flatten(state)
-            second = layout.flatten(jax.tree.map(lambda leaf: leaf[1], trajectory.states))
+            vector = flatten(state)
+            second = flatten(jax.tree.map(lambda leaf: leaf[1], trajectory.states))
             batch_states = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), state)
             batch_xs = jnp.stack([xs, xs[::-1]], axis=1)
             one = lambda s, x: rg.unroll(cell, params, s, x).states
             directions = 1e-6 * eye
             return {
                 "trajectory": trajectory,
-                "direct": pulls.direct(eye),
-                "gated": pulls.gated(eye),
-                "full": pulls.full(eye),
+                "direct": as_matrix(pulls.direct, layout),
+                "gated": as_matrix(pulls.gated, layout),
+                "full": as_matrix(pulls.full, layout),
                 "autodiff": jax.jacfwd(step)(vector),
                 "differences": jax.vmap(lambda d: (step(vector + d) - step(vector - d)) / 2e-6, out_axes=1)(directions),
                 "step_jacobians": rg.step_jacobians(cell, params, state, xs),
@@ -233,7 +226,7 @@ def test_cells_are_static_and_hashable(name):
     assert cell.input_size == INPUT_SIZE
 
 
-@_rows(name for name, case in CASES.items() if case.is_affine)
+@rows(name for name, case in CASES.items() if case.is_affine)
 def test_preactivation_is_affine_in_the_state(name, x64):
     ex = example(name, dtype="float64")
 

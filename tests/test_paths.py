@@ -11,8 +11,9 @@ import pytest
 
 import rnngrad as rg
 from rnngrad.jacobians import layout_of, step_pulls
-from tests.cases import CASES, example
+from tests.cases import CASES, as_matrix, example, point_at, rows
 
+FAST = ("lstm", "gru_before", "stack")
 SPLIT_CASES = ["vanilla_tanh", "lstm", "peephole_lstm", "gru_after", "gru_before", "indrnn_tanh", "lru", "stack"]
 
 
@@ -20,7 +21,7 @@ def _matrix(chain):
     return np.asarray(rg.logscaled.to_array(chain))
 
 
-@pytest.mark.parametrize("name", SPLIT_CASES)
+@rows(SPLIT_CASES, fast=FAST)
 def test_remainder_is_full_minus_direct(name, x64):
     ex = example(name, dtype="float64")
     full, direct, remainder = (_matrix(rg.jacobian_chain(*ex, path=path)) for path in ("full", "direct", "remainder"))
@@ -46,7 +47,7 @@ def test_remainder_keeps_its_digits_where_the_difference_loses_them():
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SPLIT_CASES)
+@rows(SPLIT_CASES, fast=FAST)
 def test_gates_add_up_to_the_gated_path(name, x64):
     """Σ_j G_j = G: (D + G_j) − D summed over gates, and J − (J − G_j) likewise."""
     ex = example(name, num_steps=1, dtype="float64")
@@ -78,7 +79,6 @@ def test_lstm_gate_terms_in_closed_form(x64):
 def test_only_and_without_over_many_steps_equal_explicit_products(x64):
     ex = example("gru_after", num_steps=5, dtype="float64")
     layout = layout_of(ex.state)
-    eye = jnp.eye(4, dtype=jnp.float64)
     names = rg.gate_names(*ex)
     assert names == ("r", "u", "n", "a")
     state, products = ex.state, {"only:u": np.eye(4), "without:u": np.eye(4)}
@@ -87,14 +87,14 @@ def test_only_and_without_over_many_steps_equal_explicit_products(x64):
             ("only:u", tuple(name == "u" for name in names)),
             ("without:u", tuple(name != "u" for name in names)),
         ):
-            pulls = step_pulls(ex.cell, ex.params, state, x, layout, is_open)
-            products[path] = np.asarray(pulls.selected(eye)) @ products[path]
+            pulls = step_pulls(ex.cell, ex.params, point_at(ex.cell, ex.params, state, x), layout, is_open)
+            products[path] = np.asarray(as_matrix(pulls.selected, layout)) @ products[path]
         state, _ = ex.cell.step(ex.params, state, x)
     for path, product in products.items():
         np.testing.assert_allclose(_matrix(rg.jacobian_chain(*ex, path=path))[0], product, rtol=1e-11, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", SPLIT_CASES)
+@rows(SPLIT_CASES, fast=FAST)
 @pytest.mark.parametrize("max_crossings", [0, 2, 6])
 def test_crossings_add_up_to_the_chain(name, max_crossings, x64):
     ex = example(name, dtype="float64")
@@ -115,11 +115,10 @@ def test_crossings_equal_the_sum_over_all_orders(name, x64):
     ex = example(name, num_steps=5, dtype="float64")
     layout = layout_of(ex.state)
     size = sum(layout.sizes)
-    eye = jnp.eye(size, dtype=jnp.float64)
     state, factors = ex.state, []
     for x in ex.xs:
-        pulls = step_pulls(ex.cell, ex.params, state, x, layout)
-        factors.append((np.asarray(pulls.direct(eye)), np.asarray(pulls.gated(eye))))
+        pulls = step_pulls(ex.cell, ex.params, point_at(ex.cell, ex.params, state, x), layout)
+        factors.append((np.asarray(as_matrix(pulls.direct, layout)), np.asarray(as_matrix(pulls.gated, layout))))
         state, _ = ex.cell.step(ex.params, state, x)
     expected = np.zeros((6, size, size))
     for choice in itertools.product((0, 1), repeat=5):
@@ -168,7 +167,7 @@ def test_an_lstm_is_carried_by_paths_with_many_crossings(x64):
     assert 7 < np.median(means) < 15, means
 
 
-@pytest.mark.parametrize("name", CASES)
+@rows(CASES)
 def test_gate_names(name):
     names = rg.gate_names(*example(name))
     assert names == {
