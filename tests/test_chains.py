@@ -370,7 +370,7 @@ def test_retention_is_differentiable_in_the_parameters(x64):
 # --- properties over shapes, dtypes, gains ---------------------------------------------------------------------------
 
 
-@hypothesis.settings(deadline=None, max_examples=12, derandomize=True)
+@hypothesis.settings(deadline=None, max_examples=6, derandomize=True)
 @hypothesis.given(
     name=st.sampled_from(sorted(CASES)),
     num_steps=st.sampled_from([1, 2, 9]),

@@ -18,6 +18,8 @@ from tests.cases import CASES, INPUT_SIZE, as_matrix, example, flatten, point_at
 from tests.oracles import DIRECTS, JACOBIANS, ORACLES
 
 every_cell = rows(CASES)
+# the fast suite compiles these three ways in full; the slow one every cell
+some_cells_fast = rows(CASES, fast=("vanilla_tanh", "lstm", "gru_before", "lru", "stack"))
 with_oracle = rows(name for name, case in CASES.items() if case.has_oracle)
 
 # float64: a step is a few dozen roundings of size 1.1e-16 on numbers of order 1.
@@ -92,7 +94,7 @@ def test_unroll_equals_numpy_oracle(name, x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CHAIN), found.final, state)
 
 
-@every_cell
+@some_cells_fast
 def test_scan_equals_python_loop_without_jit(name, x64):
     ex = example(name, dtype="float64")
     found = facts(name)["trajectory"]
@@ -175,7 +177,7 @@ def _cast(tree, real, complex_):
     return jax.tree.map(lambda leaf: leaf.astype(complex_ if jnp.iscomplexobj(leaf) else real), tree)
 
 
-@every_cell
+@some_cells_fast
 def test_float32_and_bfloat16_follow_float64(name):
     single = example(name)
     curve = rg.retention(single.cell, *single[1:])

@@ -336,7 +336,7 @@ def _compare_with_step(factory, step, dtype, *, absent=()):
     _assert_close(found, _differentiate(run, problem, absent), dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
 @pytest.mark.parametrize("name", PEERS)
 def test_outputs_and_gradients_equal_other_libraries(name, dtype):
     peer = PEERS[name]
