@@ -44,7 +44,7 @@ class Check(NamedTuple):
 def console() -> rich.console.Console:
     """Returns a console wide enough for the tables also where the output is not a terminal."""
     plain = rich.console.Console()
-    return plain if plain.is_terminal else rich.console.Console(width=150)
+    return plain if plain.is_terminal else rich.console.Console(width=130)
 
 
 def progress(target: rich.console.Console) -> rich.progress.Progress:

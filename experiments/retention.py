@@ -344,9 +344,9 @@ def _cells_of(row: xr.Dataset) -> dict[str, str]:
     return {
         "cell": str(row["cell"].values),
         "init": str(row["init"].values) + (f" ({broken} seeds non-finite)" if broken else ""),
-        "full chain, rate": _interval(full, "rate", 3),
+        "full chain, rate": _interval(full, "rate", 4),
         "half-life": _half_life(float(full["rate_median"])),
-        "direct path, rate": _interval(row.sel(path="direct"), "rate", 3),
+        "direct path, rate": _interval(row.sel(path="direct"), "rate", 4),
         f"log10 rest/direct, lag {row.attrs['check_lag']}": _interval(row, "log10_remainder_over_direct", 1),
         f"∂L in last {LAST_STEPS}": _interval(row, "last_steps_share", 2),
         "float32 dies at": _death(row),
@@ -367,9 +367,10 @@ def table(dataset: xr.Dataset) -> rich.table.Table:
     )
     rows = [_cells_of(row) for row in _rows(dataset)]
     for name in rows[0]:
-        shown.add_column(name, justify="left" if name in ("cell", "init") else "right")
+        shown.add_column(name.replace(", ", ",\n"), justify="left" if name in ("cell", "init") else "right")
     for row in rows:
-        shown.add_row(*row.values())
+        # the interval under its median: the table then fits a terminal of ordinary width
+        shown.add_row(*(text.replace(" [", "\n[") for text in row.values()))
     return shown
 
 

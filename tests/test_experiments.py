@@ -133,6 +133,28 @@ def test_readme_shows_the_numbers_of_the_stored_result():
     assert stored.attrs["command"] in readme
 
 
+def test_readme_example_runs(capsys):
+    """The block of code in the README, as a reader would paste it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    nats, death, certificate, rate = capsys.readouterr().out.splitlines()
+    assert float(nats.split()[0]) > float(nats.split()[1])  # the true chain is larger than the direct path
+    assert int(death) > 0
+    assert certificate.startswith("Certificate(dtype='float32'")
+    assert float(rate) < 0
+
+
+def test_claim_map_states_the_numbers_of_the_stored_result():
+    text = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    stored = results.load(STORED / "retention.nc", experiment="retention")
+    for check in retention.verdict(stored):
+        median = re.search(r"10\^(-?[\d.]+)", check.value)[0]
+        assert median in text, check
+    assert not any(check.holds for check in retention.verdict(stored))
+    assert "does not hold" in text
+
+
 # --- retention -------------------------------------------------------------------------------------------------------
 
 
