@@ -226,18 +226,50 @@ def reverse_scan(
     return jax.lax.scan(body, carry, points, reverse=True)
 
 
-def pulled(pull: Pull, rows: LogScaled) -> LogScaled:
-    """Returns the rows pulled back by one step, rescaled."""
-    return logscaled.rescale(LogScaled(pull(rows.mantissa), rows.exponent))
+Rows = tuple[LogScaled, ...]
+"""Rows of a chain, one LogScaled matrix (R, n_i) per leaf of the state.
+
+Every block has a scale of its own: in a stack, or with one gate's path open, blocks of one row drift apart by hundreds
+of nats, and at a common scale the smaller would be lost.
+"""
+
+
+def pulled(pull: Pull, rows: Rows) -> Rows:
+    """Returns the rows pulled back by one step and rescaled.
+
+    Blocks at a common scale are pulled back together.  Once one lies so far below another that it would lose digits
+    there, each is pulled back alone and the results are added, block by block.  (Under ``vmap`` both are computed: a
+    batch of chains of a cell with L blocks costs L + 1 pulls per step.)
+    """
+    mantissas = tuple(block.mantissa for block in rows)
+
+    def together():
+        return tuple(LogScaled(block, rows[0].exponent) for block in pull(mantissas))
+
+    def apart():
+        total: Rows | None = None
+        for index, block in enumerate(rows):
+            alone = tuple(m if i == index else jnp.zeros_like(m) for i, m in enumerate(mantissas))
+            moved = tuple(logscaled.rescale(LogScaled(part, block.exponent)) for part in pull(alone))
+            total = moved if total is None else tuple(map(logscaled.add, total, moved))
+        assert total is not None
+        return total
+
+    if len(rows) == 1:
+        moved = together()
+    else:
+        at_one_scale = [jnp.all(block.exponent == rows[0].exponent) for block in rows[1:]]
+        moved = jax.lax.cond(functools.reduce(jnp.logical_and, at_one_scale), together, apart)
+    return logscaled.rescale_together(moved)
 
 
 def advance_for(kind: str) -> Callable[[StepPulls, Any], Any]:
-    """Returns how the carry of a path moves by one step: a LogScaled, or (remainder, direct) for the remainder."""
+    """Returns how the carry of a path moves by one step: rows, or (remainder, direct) for the remainder."""
     if kind == "remainder":
 
         def advance(pulls, carry):
             rest, direct = carry
-            rest = logscaled.add(pulled(pulls.full, rest), pulled(pulls.gated, direct))
+            rest = tuple(map(logscaled.add, pulled(pulls.full, rest), pulled(pulls.gated, direct)))
             return rest, pulled(pulls.direct, direct)
 
         return advance
@@ -249,23 +281,24 @@ def real_dtype(state: State) -> np.dtype:
     return jnp.finfo(jax.tree.leaves(state)[0].dtype).dtype
 
 
-def identity_rows(layout: Layout, dtype: np.dtype, of: str | None) -> LogScaled:
+def identity_rows(layout: Layout, dtype: np.dtype, of: str | None) -> Rows:
     """Returns ∂s_T/∂s_T: the rows of the identity that belong to block ``of``."""
-    return logscaled.rescale(LogScaled(_identity_blocks(layout, dtype, of), jnp.zeros((), jnp.int32)))
+    return tuple(map(logscaled.from_array, identity_blocks(layout, dtype, of)))
 
 
-def _identity_blocks(layout: Layout, dtype: np.dtype, of: str | None = None) -> Blocks:
+def identity_blocks(layout: Layout, dtype: np.dtype, of: str | None = None) -> Blocks:
+    """Returns the same rows as plain arrays."""
     rows = np.eye(sum(layout.sizes))[layout.positions(of)]
     return tuple(jnp.asarray(block, dtype) for block in np.split(rows, np.cumsum(layout.sizes)[:-1], axis=1))
 
 
-def _start(kind: str, rows: LogScaled) -> Any:
+def _start(kind: str, rows: Rows) -> Any:
     if kind == "remainder":
-        return LogScaled(jax.tree.map(jnp.zeros_like, rows.mantissa), rows.exponent), rows
+        return jax.tree.map(jnp.zeros_like, rows), rows
     return rows
 
 
-def _of_carry(kind: str, carry: Any) -> LogScaled:
+def _of_carry(kind: str, carry: Any) -> Rows:
     return carry[0] if kind == "remainder" else carry
 
 
@@ -282,19 +315,16 @@ class Keep(NamedTuple):
 
     layout: Layout
     wrt: str | None
-    joined: bool
-    """Hand over one (M, N) matrix instead of the block's leaves apart."""
     then: Callable[[LogScaled], Any] | None
 
-    def __call__(self, rows: LogScaled) -> Any:
-        chosen = tuple(block for block, is_in in zip(rows.mantissa, self.layout.block(self.wrt), strict=True) if is_in)
-        mantissa = jnp.concatenate(chosen, axis=-1) if self.joined else chosen
-        chain = LogScaled(mantissa, rows.exponent)
+    def __call__(self, rows: Rows) -> Any:
+        chosen = self.layout.block(self.wrt)
+        chain = logscaled.join(tuple(block for block, is_in in zip(rows, chosen, strict=True) if is_in))
         return chain if self.then is None else self.then(chain)
 
 
 @functools.partial(jax.jit, static_argnames=("cell", "path", "keep"))
-def chain_along(cell: Cell, params: Params, points: Point, rows: LogScaled, *, path: Path, keep: Keep) -> Any:
+def chain_along(cell: Cell, params: Params, points: Point, rows: Rows, *, path: Path, keep: Keep) -> Any:
     """Returns what ``keep`` keeps of ``rows`` pulled back along the points of a run, for every k = 0 … T.
 
     The arguments are already checked.
@@ -333,7 +363,7 @@ def prepare(
 @functools.partial(jax.jit, static_argnames=("cell",))
 def _step_jacobians(cell, params, state, xs):
     layout = layout_of(state)
-    eye = _identity_blocks(layout, real_dtype(state))
+    eye = identity_blocks(layout, real_dtype(state))
     blocks = jax.vmap(lambda point: step_pulls(cell, params, point, layout).full(eye))(
         points_of(cell, params, state, xs)
     )
@@ -421,9 +451,8 @@ def jacobian_chain(
         if of is not None:
             raise ValueError(f"expected either a cotangent or a block of=, found both (of={of!r})")
         check_like(cotangent, state, what="cotangent", dtypes=True)
-        blocks = tuple(block[None, :] for block in layout.split(cotangent))
-        rows = logscaled.rescale(LogScaled(blocks, jnp.zeros((), jnp.int32)))
-    return chain_along(cell, params, points, rows, path=parsed, keep=Keep(layout, wrt, joined=True, then=reduce))
+        rows = tuple(logscaled.from_array(block[None, :]) for block in layout.split(cotangent))
+    return chain_along(cell, params, points, rows, path=parsed, keep=Keep(layout, wrt, reduce))
 
 
 @jax.jit

@@ -11,7 +11,7 @@ sum of logarithms in float32 would not do: at −40,000 nats its spacing is 0.00
 again and again, is rounded the same way each time and the drift grows with T (62 nats over 1e5 steps of f = 0.5; see
 ``tests/test_logscaled.py``).  ``log_scale`` gives the exponent in nats.
 
-int32 reaches e^±1.4e9; a chain of 1e7 steps may lose e^140 per step before that.
+int32 reaches e^±1.4e9; a chain of 1e7 steps may lose e^70 per step before differences of exponents leave it.
 
 Nothing here takes the logarithm of a product; the logarithm is taken of a mantissa near 1 and added to the scale.
 An exact zero has mantissa 0 and log-norm −inf, never NaN.
@@ -20,74 +20,65 @@ An exact zero has mantissa 0 and log-norm −inf, never NaN.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Inexact, Int
+from jaxtyping import Array, Float, Int
 
 LN2 = float(np.log(2.0))
 
-# Exponent given to an exact zero where two numbers are aligned, so that it never shifts the other one away.  Far below
-# any exponent in use, and the difference of two of them still fits an int32.
-_ZERO_EXPONENT = -(2**29)
-
 
 class LogScaled(NamedTuple):
-    """An array times a power of two; ``exponent`` covers the leading axes, the trailing ones share it.
+    """A real array times a power of two; ``exponent`` covers the leading axes, the trailing ones share it.
 
-    For a matrix the shapes are ``mantissa: (…, M, N)`` and ``exponent: (…)``.  The mantissa may also be a pytree of
-    such arrays that share one scale, like the blocks of a chain.  A pytree itself: it passes through jit, vmap, scan
-    and grad (the exponent is constant to differentiation, which is right because rescaling leaves the value unchanged).
+    For a matrix the shapes are ``mantissa: (…, M, N)`` and ``exponent: (…)``.  A pytree: it passes through jit, vmap,
+    scan and grad (the exponent is constant to differentiation, which is right because rescaling leaves the value
+    unchanged).
     """
 
-    mantissa: Any
+    mantissa: Float[Array, "..."]
     exponent: Int[Array, "..."]
 
     @property
     def log_scale(self) -> Float[Array, "..."]:
         """The scale in nats: value = mantissa · e^log_scale."""
-        return LN2 * self.exponent.astype(_at_least_float32(_dtype(self)))
-
-
-def _dtype(x: LogScaled) -> np.dtype:
-    return jnp.finfo(jax.tree.leaves(x.mantissa)[0].dtype).dtype
+        return LN2 * self.exponent.astype(_at_least_float32(self.mantissa.dtype))
 
 
 def _at_least_float32(dtype: np.dtype) -> np.dtype:
     """Logarithms and powers are taken in float32 at least: bfloat16 has two digits, and frexp refuses it."""
-    real = jnp.finfo(dtype).dtype
-    return real if real.itemsize >= 4 else np.dtype(np.float32)
+    return dtype if dtype.itemsize >= 4 else np.dtype(np.float32)
 
 
-def _event_axes(leaf: Array, exponent: Array) -> tuple[int, ...]:
-    return tuple(range(exponent.ndim - leaf.ndim, 0))
+def largest(x: LogScaled) -> Array:
+    """Returns the largest absolute entry of each mantissa, constant to differentiation."""
+    axes = tuple(range(x.exponent.ndim - x.mantissa.ndim, 0))
+    return jnp.max(jnp.abs(jax.lax.stop_gradient(x.mantissa)), axis=axes)
 
 
-def _times(mantissa: Any, scale: Array) -> Any:
-    """Multiplies every array by the scale of its leading axes."""
-
-    def one(leaf: Array) -> Array:
-        return leaf * jnp.broadcast_to(scale.reshape(scale.shape + (1,) * (leaf.ndim - scale.ndim)), leaf.shape)
-
-    return jax.tree.map(one, mantissa)
-
-
-def _largest(x: LogScaled) -> Array:
-    """The largest absolute entry of the mantissa, over all of its arrays."""
-    return functools.reduce(
-        jnp.maximum,
-        [jnp.max(jnp.abs(leaf), axis=_event_axes(leaf, x.exponent)) for leaf in jax.tree.leaves(x.mantissa)],
-    )
-
-
-def _power_of_two(exponent: Int[Array, "..."], dtype: np.dtype) -> Float[Array, "..."]:
-    """Returns 2^exponent exactly, 0 below the normal range."""
-    smallest, largest = jnp.finfo(dtype).minexp, jnp.finfo(dtype).maxexp - 1
+def _times_power_of_two(mantissa: Array, exponent: Int[Array, "..."]) -> Array:
+    """Returns mantissa · 2^exponent, exactly; a power below the normal range counts as 0."""
+    dtype = mantissa.dtype
+    smallest, highest = jnp.finfo(dtype).minexp, jnp.finfo(dtype).maxexp - 1
     wide = _at_least_float32(dtype)
-    power = jnp.ldexp(jnp.ones((), wide), jnp.clip(exponent, smallest, largest))
-    return jnp.where(exponent < smallest, jnp.zeros((), wide), power).astype(dtype)
+    power = jnp.ldexp(jnp.ones((), wide), jnp.clip(exponent, smallest, highest))
+    power = jnp.where(exponent < smallest, jnp.zeros((), wide), power).astype(dtype)
+    return mantissa * jnp.broadcast_to(power.reshape(power.shape + (1,) * (mantissa.ndim - power.ndim)), mantissa.shape)
+
+
+def _own_exponent(x: LogScaled) -> tuple[Int[Array, "..."], Array]:
+    """Returns the exponent at which the largest entry stands in [1/2, 1), and whether that says anything.
+
+    Of an exact zero, or of NaN and inf, it does not: they keep the exponent they have.
+    """
+    top = largest(x)
+    _, shift = jnp.frexp(top.astype(_at_least_float32(x.mantissa.dtype)))
+    # Past ±limit the factor itself would leave the range; the next rescale does the rest.
+    limit = -int(jnp.finfo(x.mantissa.dtype).minexp) - 1
+    counts = jnp.isfinite(top) & (top > 0)
+    return x.exponent + jnp.clip(jnp.where(counts, shift, 0), -limit, limit).astype(jnp.int32), counts
 
 
 def rescale(x: LogScaled) -> LogScaled:
@@ -95,33 +86,63 @@ def rescale(x: LogScaled) -> LogScaled:
 
     A zero keeps its exponent, and NaN or inf in the mantissa stays where it is.
     """
-    dtype = _dtype(x)
-    largest = _largest(jax.lax.stop_gradient(x))
-    _, shift = jnp.frexp(largest.astype(_at_least_float32(dtype)))
-    # Past ±limit the factor itself would leave the range; the next rescale does the rest.
-    limit = -int(jnp.finfo(dtype).minexp) - 1
-    shift = jnp.clip(jnp.where(jnp.isfinite(largest) & (largest > 0), shift, 0), -limit, limit).astype(jnp.int32)
-    return LogScaled(_times(x.mantissa, _power_of_two(-shift, dtype)), x.exponent + shift)
+    exponent, _ = _own_exponent(x)
+    return LogScaled(align(x, exponent), exponent)
 
 
-def from_array(array: Inexact[Array, "..."], *, event_ndim: int = 2) -> LogScaled:
-    """Returns ``array`` as a LogScaled number whose last ``event_ndim`` axes share one scale.
+def rescale_together(parts: tuple[LogScaled, ...]) -> tuple[LogScaled, ...]:
+    """Returns the parts at one common exponent where they lie close enough for it, else each at its own.
+
+    Close enough is half of the exponent range of their dtype: the smaller part keeps all its digits, and its own
+    smaller entries have as many nats again.
+    """
+    owns = [_own_exponent(part) for part in parts]
+    top, bottom = _range([exponent for exponent, _ in owns], [counts for _, counts in owns])
+    close = top - bottom <= -int(jnp.finfo(parts[0].mantissa.dtype).minexp) // 2
+    scaled = []
+    for part, (own, counts) in zip(parts, owns, strict=True):
+        exponent = jnp.where(close | ~counts, top, own)
+        scaled.append(LogScaled(align(part, exponent), exponent))
+    return tuple(scaled)
+
+
+def _range(exponents: list[Array], counts: list[Array]) -> tuple[Array, Array]:
+    """Returns the largest and the smallest exponent among those that count; those of the first where none does."""
+    ends = []
+    for combine, neutral in ((jnp.maximum, jnp.iinfo(jnp.int32).min), (jnp.minimum, jnp.iinfo(jnp.int32).max)):
+        considered = [jnp.where(c, e, neutral) for e, c in zip(exponents, counts, strict=True)]
+        ends.append(functools.reduce(combine, considered))
+    any_counts = functools.reduce(jnp.logical_or, counts)
+    top, bottom = (jnp.where(any_counts, end, exponents[0]) for end in ends)
+    return top, bottom
+
+
+def common_exponent(parts: tuple[LogScaled, ...]) -> Int[Array, "..."]:
+    """Returns the largest exponent of several numbers; that of an exact zero does not count."""
+    return _range([part.exponent for part in parts], [largest(part) != 0 for part in parts])[0]
+
+
+def align(x: LogScaled, exponent: Int[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the mantissa that ``x`` has at another exponent; entries below the range become 0."""
+    return _times_power_of_two(x.mantissa, x.exponent - exponent)
+
+
+def from_array(matrix: Float[Array, "*batch M N"]) -> LogScaled:
+    """Returns a matrix, or a batch of them, as LogScaled numbers.
 
     >>> import jax.numpy as jnp
     >>> from rnngrad import logscaled
     >>> print(logscaled.log_norm(logscaled.from_array(1e-30 * jnp.eye(4))))
     -68.384...
     """
-    exponent = jnp.zeros(array.shape[: array.ndim - event_ndim], jnp.int32)
-    return rescale(LogScaled(array, exponent))
+    return rescale(LogScaled(matrix, jnp.zeros(matrix.shape[:-2], jnp.int32)))
 
 
-def to_array(x: LogScaled) -> Any:
-    """Returns the plain array (or pytree of them); entries out of range become 0 or inf, as in plain arithmetic."""
+def to_array(x: LogScaled) -> Float[Array, "..."]:
+    """Returns the plain array; entries out of range become 0 or inf, as they would in plain arithmetic."""
     half = x.exponent // 2
     # in two factors: 2^exponent alone may overflow where mantissa · 2^exponent does not
-    scaled = _times(x.mantissa, _power_of_two(half, _dtype(x)))
-    return _times(scaled, _power_of_two(x.exponent - half, _dtype(x)))
+    return _times_power_of_two(_times_power_of_two(x.mantissa, half), x.exponent - half)
 
 
 def matmul(a: LogScaled, b: LogScaled) -> LogScaled:
@@ -135,36 +156,36 @@ def matmul(a: LogScaled, b: LogScaled) -> LogScaled:
 
 def add(a: LogScaled, b: LogScaled) -> LogScaled:
     """Returns ``a + b``, aligned to the larger exponent and rescaled; shapes must match."""
-    exponents = [jnp.where(_largest(jax.lax.stop_gradient(x)) != 0, x.exponent, _ZERO_EXPONENT) for x in (a, b)]
-    top = jnp.maximum(*exponents)
-    terms = [
-        _times(x.mantissa, _power_of_two(exponent - top, _dtype(x)))
-        for x, exponent in zip((a, b), exponents, strict=True)
-    ]
-    return rescale(LogScaled(jax.tree.map(jnp.add, *terms), jnp.where(top == _ZERO_EXPONENT, 0, top)))
+    top = common_exponent((a, b))
+    # of an exact zero the exponent means nothing and may lie above: 0 · 2^clipped is still 0
+    return rescale(LogScaled(align(a, top) + align(b, top), top))
 
 
 def negative(x: LogScaled) -> LogScaled:
     """Returns ``-x``."""
-    return LogScaled(jax.tree.map(jnp.negative, x.mantissa), x.exponent)
+    return LogScaled(-x.mantissa, x.exponent)
+
+
+def join(parts: tuple[LogScaled, ...]) -> LogScaled:
+    """Returns blocks of columns side by side in one matrix, at the largest of their exponents."""
+    if len(parts) == 1:
+        return parts[0]
+    top = common_exponent(parts)
+    return LogScaled(jnp.concatenate([align(part, top) for part in parts], axis=-1), top)
 
 
 def log_norm(x: LogScaled, norm: str = "frobenius") -> Float[Array, "..."]:
     """Returns the logarithm of the norm over the last two axes, in nats; −inf for an exact zero.
 
     Args:
-      x: matrices of shape (…, M, N), or blocks of columns of one matrix.
+      x: matrices of shape (…, M, N).
       norm: ``"frobenius"`` or ``"spectral"`` (largest singular value).
     """
-    blocks = [leaf.astype(_at_least_float32(_dtype(x))) for leaf in jax.tree.leaves(x.mantissa)]
+    mantissa = x.mantissa.astype(_at_least_float32(x.mantissa.dtype))
     if norm == "frobenius":
         # a dot product: several times as fast as a sum of squares on a CPU
-        squares = [
-            jnp.einsum("...mn,...mn->...", block, block, precision=jax.lax.Precision.HIGHEST) for block in blocks
-        ]
-        squared = functools.reduce(jnp.add, squares)
+        squared = jnp.einsum("...mn,...mn->...", mantissa, mantissa, precision=jax.lax.Precision.HIGHEST)
     elif norm == "spectral":
-        mantissa = jnp.concatenate(blocks, axis=-1)
         # The largest eigenvalue of the smaller Gram matrix: cheaper than an SVD and as accurate for the largest one.
         transposed = jnp.swapaxes(mantissa, -1, -2)
         wide = mantissa.shape[-2] <= mantissa.shape[-1]
@@ -179,9 +200,9 @@ def log_norm(x: LogScaled, norm: str = "frobenius") -> Float[Array, "..."]:
 
 def log_max(x: LogScaled) -> Float[Array, "..."]:
     """Returns the logarithm of the largest absolute entry, in nats; −inf for an exact zero."""
-    largest = _largest(x).astype(_at_least_float32(_dtype(x)))
-    is_zero = largest == 0
-    return jnp.where(is_zero, -jnp.inf, jnp.log(jnp.where(is_zero, 1, largest)) + x.log_scale)
+    top = largest(x).astype(_at_least_float32(x.mantissa.dtype))
+    is_zero = top == 0
+    return jnp.where(is_zero, -jnp.inf, jnp.log(jnp.where(is_zero, 1, top)) + x.log_scale)
 
 
 def log_distance(a: LogScaled, b: LogScaled) -> Float[Array, "..."]:

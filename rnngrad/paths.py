@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rnngrad import logscaled
-from rnngrad.jacobians import Keep, identity_rows, prepare, real_dtype, reverse_scan
+from rnngrad.jacobians import Keep, identity_rows, prepare, pulled, real_dtype, reverse_scan
 from rnngrad.logscaled import LogScaled
 from rnngrad.types import Cell, Params, State
 from rnngrad.unroll import points_of
@@ -50,21 +50,23 @@ def _sum(parts: LogScaled) -> LogScaled:
 
 @functools.partial(jax.jit, static_argnames=("cell", "layout", "of", "wrt", "max_crossings"))
 def _paths(cell, params, state, xs, *, layout, of, wrt, max_crossings):
-    keep = Keep(layout, wrt, joined=True, then=None)
+    keep = Keep(layout, wrt, None)
     rows = identity_rows(layout, real_dtype(state), of)
     # all parts in one array per block, part by part; only M_0 = I is not zero at lag 0
     carry = jax.tree.map(lambda leaf: jnp.zeros((max_crossings + 2, *leaf.shape), leaf.dtype).at[0].set(leaf), rows)
 
+    # what one chain does at a step, done by all parts at once
+    def moved(pull, rows):
+        return pulled(jax.vmap(pull), rows)
+
     def advance(pulls, parts):
         inner = jax.tree.map(lambda leaf: leaf[:-1], parts)
         beyond = jax.tree.map(lambda leaf: leaf[-1:], parts)
-        moved = jax.vmap(pulls.direct)(inner.mantissa), jax.vmap(pulls.full)(beyond.mantissa)
-        stay = LogScaled(jax.tree.map(lambda *both: jnp.concatenate(both), *moved), parts.exponent)
-        cross = LogScaled(jax.vmap(pulls.gated)(inner.mantissa), inner.exponent)
+        stay = jax.tree.map(lambda *both: jnp.concatenate(both), moved(pulls.direct, inner), moved(pulls.full, beyond))
+        cross = moved(pulls.gated, inner)
         # part m receives the crossing of part m − 1; part 0 receives nothing
-        nothing = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:1]), cross)
-        arriving = jax.tree.map(lambda none, some: jnp.concatenate([none, some]), nothing, cross)
-        return logscaled.add(logscaled.rescale(stay), logscaled.rescale(arriving))
+        arriving = jax.tree.map(lambda leaf: jnp.concatenate([jnp.zeros_like(leaf[:1]), leaf]), cross)
+        return tuple(map(logscaled.add, stay, arriving))
 
     def emit(parts):
         block = keep(parts)

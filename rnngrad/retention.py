@@ -25,6 +25,7 @@ from rnngrad.jacobians import (
     MATMUL_PRECISION,
     Keep,
     chain_along,
+    identity_blocks,
     identity_rows,
     layout_of,
     prepare,
@@ -83,17 +84,18 @@ def certificate(dtype: Any) -> Certificate:
     return Certificate(jnp.dtype(dtype).name, MATMUL_PRECISION, backend, float(np.log(smallest)))
 
 
-def _sizes(chain: LogScaled, *, norm: str, floor: float) -> tuple[Array, Array]:
-    """What a retention curve keeps of each chain: its log-norm, and a log-maximum that is right where it matters.
+def _sizes(chain: LogScaled, *, norm: str, floor: float) -> tuple[Array, Array, Array]:
+    """What a retention curve keeps of each chain: two log-norms, and a log-maximum that is right where it matters.
 
     Only whether the largest square lies below the floor is asked later.  Since max² ≤ Σ² ≤ MN max², the Frobenius norm
     answers that except within log(MN) of the floor, and the pass over the matrix is made there alone.
     """
     log_frobenius = logscaled.log_norm(chain)
-    entries = sum(block.size for block in chain.mantissa)
+    entries = chain.mantissa.size
     is_open = (2 * log_frobenius > floor - 1) & (2 * log_frobenius < floor + float(np.log(entries)) + 1)
     log_max = jax.lax.cond(is_open, logscaled.log_max, lambda _: log_frobenius, chain)
-    return log_frobenius if norm == "frobenius" else logscaled.log_norm(chain, norm), log_max
+    chosen = log_frobenius if norm == "frobenius" else logscaled.log_norm(chain, norm)
+    return chosen, log_frobenius, log_max
 
 
 def _first_true(flags: Array, *, otherwise: Array) -> Array:
@@ -106,21 +108,21 @@ def _retention(cell, params, state, xs, *, layout, path, of, wrt, norm):
     dtype = real_dtype(state)
     floor = certificate(dtype).float32_floor
     rows = identity_rows(layout, dtype, of)
-    log_norm, log_max = chain_along(
+    log_norm, log_frobenius, log_max = chain_along(
         cell,
         params,
         points,
         rows,
         path=path,
-        keep=Keep(layout, wrt, joined=False, then=functools.partial(_sizes, norm=norm, floor=floor)),
+        keep=Keep(layout, wrt, functools.partial(_sizes, norm=norm, floor=floor)),
     )
-    start = logscaled.log_norm(rows, norm)
+    start = logscaled.log_norm(logscaled.join(rows), norm)
 
     # The naive norm squares every entry first: it is 0 once the largest square is below the floor and inf once the sum
     # of squares is above the ceiling.  A power of two can lie exactly on the floor and survives there, so the
     # comparison leaves it 1e-4 nats of room; 63 steps of f = 0.5 are such a case.
     ceiling = float(np.log(np.finfo(np.float32).max))
-    dies = (2 * log_max < floor - 1e-4) | (2 * log_norm > ceiling)
+    dies = (2 * log_max < floor - 1e-4) | (2 * log_frobenius > ceiling)
     # flipped to run over lag; a chain that starts at zero (a remainder, ∂c/∂h) does not die there
     dies = jnp.flip(dies & ~jnp.isneginf(log_max)) & (jnp.arange(dies.shape[0]) > 0)
     exactly_zero = jnp.flip(jnp.isneginf(log_max))
@@ -198,7 +200,7 @@ def retention(
 
 @functools.partial(jax.jit, static_argnames=("cell", "layout", "path", "of", "wrt"))
 def _naive(cell, params, state, xs, *, layout, path, of, wrt):
-    rows = logscaled.to_array(identity_rows(layout, np.dtype(np.float32), of))
+    rows = identity_blocks(layout, np.dtype(np.float32), of)
     columns = layout.block(wrt)
     kinds = ("full", "direct") if path.kind == "remainder" else (path.kind,)
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import rnngrad as rg
-from rnngrad import cells, logscaled
-from rnngrad.jacobians import Layout, identity_rows, layout_of
+from rnngrad import cells
+from rnngrad.jacobians import Layout, identity_blocks, layout_of
 from rnngrad.unroll import Point
 
 INPUT_SIZE, HIDDEN_SIZE = 3, 4  # N ≠ D, so that a transposed weight cannot pass
@@ -100,7 +100,7 @@ def unflatten(layout: Layout, vector: jax.Array) -> Any:
 
 def as_matrix(pull: Any, layout: Layout, dtype: str = "float64") -> jax.Array:
     """Returns the Jacobian whose pull-back is ``pull``, row = output."""
-    return jnp.concatenate(pull(logscaled.to_array(identity_rows(layout, np.dtype(dtype), None))), axis=-1)
+    return jnp.concatenate(pull(identity_blocks(layout, np.dtype(dtype))), axis=-1)
 
 
 class Example(NamedTuple):
