@@ -17,6 +17,7 @@ import rich.table
 import xarray as xr
 
 from experiments import results
+from experiments.results import NotWritableError
 
 
 class UserError(ValueError):
@@ -123,19 +124,19 @@ def execute(experiment: Experiment, config: Any, *, out: Path, show: Path | None
         else:
             dataset = experiment.run(config, parts=parts, screen=screen)
             results.save(dataset, result_file)
-            parts.discard()
         screen.print(experiment.table(dataset))
         screen.print(check_table(experiment.verdict(dataset)))
         screen.print(experiment.summary(dataset))
         with results.whole_file(figure_file) as temporary:
             experiment.figure(dataset).savefig(temporary, dpi=150)
+        parts.discard()
     except KeyboardInterrupt:
         print("\ninterrupted: finished parts are kept, the same command resumes", file=sys.stderr)
         raise SystemExit(130) from None
     except UserError as error:
         fail(error, code=2)
     except OSError as error:
-        fail(error, code=2 if isinstance(error, FileNotFoundError) else 1)
+        fail(error, code=2 if isinstance(error, FileNotFoundError | NotWritableError) else 1)
     written = [figure_file] if show is not None else [result_file, figure_file]
     seconds = time.perf_counter() - started
     screen.print(f"wrote {' and '.join(map(str, written))} after {seconds:.0f} s", soft_wrap=True, highlight=False)

@@ -99,18 +99,22 @@ def load(path: Path, *, experiment: str) -> xr.Dataset:
     return dataset
 
 
+class NotWritableError(OSError):
+    """The folder that the user named cannot be written to."""
+
+
 def writable_folder(path: Path) -> Path:
     """Returns the folder, made if need be, after trying to write into it.
 
     Raises:
-      OSError: it cannot be made or written to.
+      NotWritableError: it cannot be made or written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise OSError(f"output folder {path} is not writable: {error.strerror or error}") from error
+        raise NotWritableError(f"output folder {path} is not writable: {error.strerror or error}") from error
     return path
 
 
@@ -124,7 +128,7 @@ class Parts:
     def __init__(self, folder: Path, *, experiment: str, config: Mapping[str, Any]) -> None:
         identity = json.dumps([experiment, config, source_digest()], sort_keys=True)
         self.folder = folder / f".parts-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-        self.experiment = experiment
+        self.experiment = f"part of {experiment}"  # never taken for a whole result
 
     def get(self, name: str, make: Callable[[], xr.Dataset]) -> tuple[xr.Dataset, bool]:
         """Returns the part and whether it was already there; an unreadable part is made again."""

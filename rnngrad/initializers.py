@@ -303,6 +303,11 @@ def draw_fused(
       recurrent: draw ``w_hh``; a cell whose gates do not hear the state has none.
       single_biases: gates that keep their second bias elsewhere, so that ``b`` holds only the first.
     """
+    for name, size in (("hidden_size", hidden_size), ("input_size", input_size)):
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, found {size}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype: expected a floating dtype, found {jnp.dtype(dtype).name}")
     key_ih, key_hh, key_b, key_second, key_bias = jax.random.split(key, 5)
     sizes = (num_gates, hidden_size, input_size, dtype)
     b = init.b(key_b, *sizes)

@@ -36,7 +36,7 @@ from jaxtyping import Array, Float
 from rnngrad import logscaled
 from rnngrad.logscaled import LogScaled
 from rnngrad.types import Cell, Params, State, check_finite, check_inputs, check_like, leaf_names, select_names
-from rnngrad.unroll import Point, points_of
+from rnngrad.unroll import Point, Run, run_forward, state_is_finite
 
 MATMUL_PRECISION = "highest"
 
@@ -173,6 +173,7 @@ def gate_names(cell: Cell, params: Params, state: State, xs: Any) -> tuple[str, 
     >>> rg.gate_names(cell, cell.init(jax.random.key(0)), cell.init_state(), jax.numpy.ones((1, 3)))
     ('r', 'u', 'n', 'a')
     """
+    check_inputs(cell, params, state, xs, one_sequence=False)
     first = jax.tree.map(lambda leaf: leaf[0], xs)
     return leaf_names(jax.eval_shape(cell.preactivate, params, state, first))
 
@@ -207,7 +208,7 @@ def parse_path(path: str, names: tuple[str, ...]) -> Path:
 def reverse_scan(
     cell: Cell,
     params: Params,
-    points: Point,
+    run: Run,
     layout: Layout,
     carry: Any,
     advance: Callable[[StepPulls, Any], Any],
@@ -216,14 +217,28 @@ def reverse_scan(
 ) -> tuple[Any, Any]:
     """Returns the carry pulled back to s_0 and what ``emit`` saw of it at every k = 0 … T−1, stacked in that order.
 
-    The one scan that every chain, path and cotangent goes through.
+    The one scan that every chain, path and cotangent goes through.  A derivative taken at a non-finite state may itself
+    look finite (relu' at NaN is 0), so whatever passes such a state comes back as NaN.
     """
 
     def body(carry, point):
         carry = advance(step_pulls(cell, params, point, layout, gate_is_open), carry)
         return carry, emit(carry)
 
-    return jax.lax.scan(body, carry, points, reverse=True)
+    carry, stacked = jax.lax.scan(body, carry, run.points, reverse=True)
+    # the chain from s_k to s_T passes s_k … s_T
+    passes_bad = jnp.flip(jnp.cumsum(jnp.flip(~state_is_finite(run))) > 0)[:-1]
+
+    def mark(flags):
+        def one(leaf):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                return leaf
+            spread = jnp.broadcast_to(flags.reshape(flags.shape + (1,) * (leaf.ndim - flags.ndim)), leaf.shape)
+            return jnp.where(spread, jnp.nan, leaf)
+
+        return one
+
+    return jax.tree.map(mark(passes_bad[0]), carry), jax.tree.map(mark(passes_bad), stacked)
 
 
 Rows = tuple[LogScaled, ...]
@@ -270,7 +285,7 @@ def advance_for(kind: str) -> Callable[[StepPulls, Any], Any]:
         def advance(pulls, carry):
             rest, direct = carry
             rest = tuple(map(logscaled.add, pulled(pulls.full, rest), pulled(pulls.gated, direct)))
-            return rest, pulled(pulls.direct, direct)
+            return logscaled.rescale_together(rest), pulled(pulls.direct, direct)
 
         return advance
     return lambda pulls, carry: pulled(getattr(pulls, kind), carry)
@@ -324,8 +339,8 @@ class Keep(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("cell", "path", "keep"))
-def chain_along(cell: Cell, params: Params, points: Point, rows: Rows, *, path: Path, keep: Keep) -> Any:
-    """Returns what ``keep`` keeps of ``rows`` pulled back along the points of a run, for every k = 0 … T.
+def chain_along(cell: Cell, params: Params, run: Run, rows: Rows, *, path: Path, keep: Keep) -> Any:
+    """Returns what ``keep`` keeps of ``rows`` pulled back along a run, for every k = 0 … T.
 
     The arguments are already checked.
     """
@@ -334,11 +349,11 @@ def chain_along(cell: Cell, params: Params, points: Point, rows: Rows, *, path: 
     def emit(carry):
         return keep(_of_carry(path.kind, carry))
 
-    _, stacked = reverse_scan(cell, params, points, keep.layout, carry, advance_for(path.kind), emit, path.gate_is_open)
+    _, stacked = reverse_scan(cell, params, run, keep.layout, carry, advance_for(path.kind), emit, path.gate_is_open)
     return _prepend_last(emit(carry), stacked)
 
 
-_points_of = jax.jit(points_of, static_argnames=("cell",))
+_run_forward = jax.jit(run_forward, static_argnames=("cell",))
 
 
 def prepare(
@@ -364,10 +379,11 @@ def prepare(
 def _step_jacobians(cell, params, state, xs):
     layout = layout_of(state)
     eye = identity_blocks(layout, real_dtype(state))
-    blocks = jax.vmap(lambda point: step_pulls(cell, params, point, layout).full(eye))(
-        points_of(cell, params, state, xs)
-    )
-    return jnp.concatenate(blocks, axis=-1)
+    run = run_forward(cell, params, state, xs)
+    blocks = jax.vmap(lambda point: step_pulls(cell, params, point, layout).full(eye))(run.points)
+    jacobians = jnp.concatenate(blocks, axis=-1)
+    is_bad = ~(state_is_finite(run)[:-1] & state_is_finite(run)[1:])
+    return jnp.where(jnp.broadcast_to(is_bad[:, None, None], jacobians.shape), jnp.nan, jacobians)
 
 
 def step_jacobians(
@@ -444,7 +460,7 @@ def jacobian_chain(
     (8, 5, 5)
     """
     layout, parsed = prepare(cell, params, state, xs, path=path, of=of, wrt=wrt)
-    points = _points_of(cell, params, state, xs)
+    run = _run_forward(cell, params, state, xs)
     if cotangent is None:
         rows = identity_rows(layout, real_dtype(state), of)
     else:
@@ -452,7 +468,7 @@ def jacobian_chain(
             raise ValueError(f"expected either a cotangent or a block of=, found both (of={of!r})")
         check_like(cotangent, state, what="cotangent", dtypes=True)
         rows = tuple(logscaled.from_array(block[None, :]) for block in layout.split(cotangent))
-    return chain_along(cell, params, points, rows, path=parsed, keep=Keep(layout, wrt, reduce))
+    return chain_along(cell, params, run, rows, path=parsed, keep=Keep(layout, wrt, reduce))
 
 
 @jax.jit
@@ -464,7 +480,7 @@ def _prefix_products(jacobians):
     return _prepend_last(eye, products)
 
 
-def prefix_products(jacobians: Float[Array, "T S S"]) -> LogScaled:
+def prefix_products(jacobians: Float[Array, "..."]) -> LogScaled:
     """Returns ∂s_T/∂s_k for k = 0 … T from the step Jacobians, by associative scan.
 
     The second implementation of the chain: depth log T instead of T, S³ per product instead of the cell's own matrix
@@ -474,5 +490,11 @@ def prefix_products(jacobians: Float[Array, "T S S"]) -> LogScaled:
     >>> import rnngrad as rg
     >>> rg.prefix_products(jnp.stack([2 * jnp.eye(3)] * 4)).exponent
     Array([5, 4, 3, 2, 1], dtype=int32)
+
+    Raises:
+      ValueError: not a stack of square matrices, or T = 0.
     """
+    shape = jacobians.shape
+    if len(shape) != 3 or shape[0] == 0 or shape[1] != shape[2]:
+        raise ValueError(f"jacobians: expected shape (T, S, S) with T at least 1, found {shape}")
     return _prefix_products(jacobians)

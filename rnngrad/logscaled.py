@@ -93,12 +93,12 @@ def rescale(x: LogScaled) -> LogScaled:
 def rescale_together(parts: tuple[LogScaled, ...]) -> tuple[LogScaled, ...]:
     """Returns the parts at one common exponent where they lie close enough for it, else each at its own.
 
-    Close enough is half of the exponent range of their dtype: the smaller part keeps all its digits, and its own
-    smaller entries have as many nats again.
+    Close enough is a quarter of the exponent range of their dtype: the smaller part keeps all its digits, and so do the
+    squares of its entries when its norm is taken.
     """
     owns = [_own_exponent(part) for part in parts]
     top, bottom = _range([exponent for exponent, _ in owns], [counts for _, counts in owns])
-    close = top - bottom <= -int(jnp.finfo(parts[0].mantissa.dtype).minexp) // 2
+    close = top - bottom <= -int(jnp.finfo(parts[0].mantissa.dtype).minexp) // 4
     scaled = []
     for part, (own, counts) in zip(parts, owns, strict=True):
         exponent = jnp.where(close | ~counts, top, own)

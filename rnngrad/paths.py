@@ -25,7 +25,7 @@ from rnngrad import logscaled
 from rnngrad.jacobians import Keep, identity_rows, prepare, pulled, real_dtype, reverse_scan
 from rnngrad.logscaled import LogScaled
 from rnngrad.types import Cell, Params, State
-from rnngrad.unroll import points_of
+from rnngrad.unroll import run_forward
 
 
 class GradientPaths(NamedTuple):
@@ -66,7 +66,7 @@ def _paths(cell, params, state, xs, *, layout, of, wrt, max_crossings):
         cross = moved(pulls.gated, inner)
         # part m receives the crossing of part m − 1; part 0 receives nothing
         arriving = jax.tree.map(lambda leaf: jnp.concatenate([jnp.zeros_like(leaf[:1]), leaf]), cross)
-        return tuple(map(logscaled.add, stay, arriving))
+        return logscaled.rescale_together(tuple(map(logscaled.add, stay, arriving)))
 
     def emit(parts):
         block = keep(parts)
@@ -79,11 +79,11 @@ def _paths(cell, params, state, xs, *, layout, of, wrt, max_crossings):
         square = jnp.sum(jnp.square(total.mantissa)).astype(log_total.dtype)
         return logscaled.log_norm(block), share / jnp.broadcast_to(square, share.shape)
 
-    points = points_of(cell, params, state, xs)
-    final, (log_norm, share) = reverse_scan(cell, params, points, layout, carry, advance, emit)
+    run = run_forward(cell, params, state, xs)
+    final, (log_norm, share) = reverse_scan(cell, params, run, layout, carry, advance, emit)
     start_norm, start_share = emit(carry)
     log_norm = jnp.flip(jnp.concatenate([log_norm, start_norm[None]]), axis=0) - logscaled.log_norm(
-        identity_rows(layout, real_dtype(state), of)
+        logscaled.join(rows)
     )
     share = jnp.flip(jnp.concatenate([share, start_share[None]]), axis=0)
     return GradientPaths(jnp.arange(log_norm.shape[0], dtype=jnp.int32), log_norm, share, keep(final))

@@ -34,7 +34,7 @@ from rnngrad.jacobians import (
 )
 from rnngrad.logscaled import LogScaled
 from rnngrad.types import Cell, Params, State
-from rnngrad.unroll import points_of
+from rnngrad.unroll import run_forward, state_is_finite
 
 
 class Certificate(NamedTuple):
@@ -104,14 +104,14 @@ def _first_true(flags: Array, *, otherwise: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("cell", "layout", "path", "of", "wrt", "norm"))
 def _retention(cell, params, state, xs, *, layout, path, of, wrt, norm):
-    points = points_of(cell, params, state, xs)
+    run = run_forward(cell, params, state, xs)
     dtype = real_dtype(state)
     floor = certificate(dtype).float32_floor
     rows = identity_rows(layout, dtype, of)
     log_norm, log_frobenius, log_max = chain_along(
         cell,
         params,
-        points,
+        run,
         rows,
         path=path,
         keep=Keep(layout, wrt, functools.partial(_sizes, norm=norm, floor=floor)),
@@ -128,13 +128,7 @@ def _retention(cell, params, state, xs, *, layout, path, of, wrt, norm):
     exactly_zero = jnp.flip(jnp.isneginf(log_max))
     dies = dies | (exactly_zero & (jnp.cumsum(~exactly_zero) > 0))
 
-    state_is_finite = jnp.stack(
-        [jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(points.state)]
-    ).all(axis=0)
-    # A derivative taken at a non-finite state may itself look finite (relu' at NaN is 0), so every chain that passes
-    # through such a state is marked here.
-    passes_bad_state = jnp.flip(jnp.cumsum(jnp.flip(~state_is_finite)) > 0)
-    log_norm = jnp.where(jnp.append(passes_bad_state, False), jnp.nan, log_norm)
+    is_finite = state_is_finite(run)
     num_lags = log_norm.shape[0]
     none = jnp.array(-1, jnp.int32)
     broken = jnp.isnan(log_max) | jnp.isposinf(log_max)
@@ -144,7 +138,7 @@ def _retention(cell, params, state, xs, *, layout, path, of, wrt, norm):
         lags=jnp.arange(num_lags, dtype=jnp.int32),
         log_norm=jnp.flip(log_norm) - start,
         naive_death_lag=_first_true(dies, otherwise=none),
-        nonfinite_step=_first_true(~state_is_finite, otherwise=from_chain),
+        nonfinite_step=_first_true(~is_finite, otherwise=from_chain),
         of=of,
         wrt=wrt,
         path="",
@@ -214,9 +208,9 @@ def _naive(cell, params, state, xs, *, layout, path, of, wrt):
         chain = jax.tree.map(jnp.subtract, *carry) if path.kind == "remainder" else carry[0]
         return log_norm(block for block, is_in in zip(chain, columns, strict=True) if is_in)
 
-    points = points_of(cell, params, state, xs)
+    run = run_forward(cell, params, state, xs)
     carry = (rows,) * len(kinds)
-    _, stacked = reverse_scan(cell, params, points, layout, carry, advance, emit, path.gate_is_open)
+    _, stacked = reverse_scan(cell, params, run, layout, carry, advance, emit, path.gate_is_open)
     return jnp.flip(jnp.concatenate([stacked, emit(carry)[None]])) - log_norm(rows)
 
 
@@ -294,5 +288,5 @@ def half_life(rate: Float[Array, "..."]) -> Float[Array, "..."]:
     >>> print(rg.half_life(jnp.log(jnp.array(0.5))))
     1.0
     """
-    rate = jnp.asarray(rate)
+    rate = jnp.asarray(rate) * 1.0
     return jnp.where(rate < 0, -jnp.log(2.0).astype(rate.dtype) / jnp.where(rate < 0, rate, 1), jnp.inf)

@@ -163,6 +163,7 @@ def check_inputs(cell: Cell, params: Params, state: State, xs: Any, *, one_seque
     Raises:
       ValueError: names what was expected and what was found.
     """
+    params, state, xs = jax.tree.map(jnp.asarray, (params, state, xs))
     steps = {name: jnp.shape(leaf)[:1] for name, leaf in zip(leaf_names(xs), jax.tree.leaves(xs), strict=True)}
     lengths = set(steps.values())
     if len(lengths) != 1 or lengths == {()}:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from rnngrad.types import Cell, Gates, Params, State, Trajectory, check_inputs
 
@@ -52,8 +55,17 @@ class Point(NamedTuple):
     """The input."""
 
 
-def points_of(cell: Cell, params: Params, state: State, xs: Any) -> Point:
-    """Returns the points of every step of a run, leading axis T: s_0 … s_{T−1}, their pre-activations and inputs.
+class Run(NamedTuple):
+    """A forward pass as the reverse scan needs it."""
+
+    points: Point
+    """Every step, leading axis T."""
+    final: State
+    """s_T."""
+
+
+def run_forward(cell: Cell, params: Params, state: State, xs: Any) -> Run:
+    """Returns the points of every step, with the pre-activations computed there, and the last state.
 
     Keeping z costs T times the gates in memory and spares the reverse scan two matrix-vector products per step.
     """
@@ -63,5 +75,14 @@ def points_of(cell: Cell, params: Params, state: State, xs: Any) -> Point:
         new, _ = cell.update(params, z, carry)
         return new, (carry, z)
 
-    _, (states, zs) = jax.lax.scan(body, state, xs)
-    return Point(states, zs, xs)
+    final, (states, zs) = jax.lax.scan(body, state, xs)
+    return Run(Point(states, zs, xs), final)
+
+
+def state_is_finite(run: Run) -> Bool[Array, " L"]:
+    """Returns whether every entry of s_0 … s_T is finite, T + 1 flags."""
+    flags = [
+        jnp.append(jnp.all(jnp.isfinite(before), axis=tuple(range(1, before.ndim))), jnp.all(jnp.isfinite(last)))
+        for before, last in zip(jax.tree.leaves(run.points.state), jax.tree.leaves(run.final), strict=True)
+    ]
+    return functools.reduce(jnp.logical_and, flags)

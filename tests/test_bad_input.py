@@ -122,6 +122,28 @@ class TestPaths:
             function(cell, None, jnp.ones(2), jnp.ones((3, 2)), path="only:f")
 
 
+def test_sizes_and_dtypes_that_no_cell_has():
+    with raises("hidden_size: expected at least 1, found -3"):
+        rg.cells.lstm(2, -3).init(jax.random.key(0))
+    with raises("input_size: expected at least 1, found 0"):
+        rg.cells.gru(0, 3).init(jax.random.key(0))
+    with raises("dtype: expected a floating dtype, found int32"):
+        rg.cells.vanilla(2, 3, dtype=jnp.int32).init(jax.random.key(0))
+    with raises("max_lag: expected at least 1, found 0"):
+        rg.cells.indrnn(2, 3, max_lag=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 3), (4, 3, 2), (3, 3)])
+def test_prefix_products_of_something_else(shape):
+    with raises(f"jacobians: expected shape (T, S, S) with T at least 1, found {shape}"):
+        rg.prefix_products(jnp.ones(shape))
+
+
+def test_plain_numbers_as_a_state():
+    curve = rg.retention(rg.map_cell(lambda s, x: 0.5 * s), None, jnp.asarray(1.0), jnp.ones((3, 1)))
+    assert jnp.allclose(curve.log_norm, jnp.arange(4) * jnp.log(0.5))
+
+
 def test_unknown_norm():
     with raises("unknown norm 'nuclear'; expected 'frobenius' or 'spectral'"):
         rg.retention(*LSTM, norm="nuclear")
@@ -189,3 +211,7 @@ def test_tracers_pass_the_checks_that_need_values():
     assert curve.nonfinite_step == 3  # s_3 is the first state that heard it
     assert jnp.isnan(curve.log_norm[-1])
     assert run(LSTM.xs).nonfinite_step == -1
+    # also when only the last state has heard it
+    last = run(LSTM.xs.at[-1, 0].set(jnp.nan))
+    assert last.nonfinite_step == len(LSTM.xs)
+    assert jnp.isnan(last.log_norm[1:]).all()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import rnngrad as rg
 from rnngrad.jacobians import layout_of
-from rnngrad.unroll import points_of
+from rnngrad.unroll import run_forward
 from tests.cases import CASES, example, flatten, unflatten
 
 
@@ -259,7 +259,7 @@ def test_float32_chain_follows_float64_to_10000_steps(name):
     params, xs = cell.init(jax.random.key(0)), inputs(0, num_steps, d)
     field = "c" if name == "lstm" else "h"
     curve = rg.retention(cell, params, cell.init_state(), xs, of=field, wrt=field)
-    old_states = points_of(cell, params, cell.init_state(), xs).state
+    old_states = run_forward(cell, params, cell.init_state(), xs).points.state
     columns = layout_of(cell.init_state()).positions(field)
     with jax.enable_x64(True):
         expected = _float64_log_norms(make(jnp.float64), params, old_states, xs, columns)
@@ -286,6 +286,35 @@ def test_random_lstm_medians():
             values.append((curve.log_norm[-1] + 0.5 * np.log(32)) / np.log(10))  # back to the unnormalised norm
     assert abs(np.median(found["full"]) - -9.6) < 0.5
     assert abs(np.median(found["direct"]) - -12.8) < 0.5
+
+
+# --- blocks that drift apart -----------------------------------------------------------------------------------------
+
+
+def _open_output_gate(dtype):
+    cell = rg.cells.lstm(8, 16, forget_bias=6.0, dtype=dtype)
+    return cell, {"of": "h", "wrt": "h", "path": "only:o"}
+
+
+def _fast_layer_on_a_slow_one(dtype):
+    slow, fast = rg.cells.lstm(8, 16, forget_bias=6.0, dtype=dtype), rg.cells.vanilla(16, 6, dtype=dtype)
+    return rg.cells.stack(slow, fast), {"of": "layer_1.h", "wrt": "layer_1.h"}
+
+
+@pytest.mark.parametrize("make", [_open_output_gate, _fast_layer_on_a_slow_one])
+def test_a_block_far_below_the_others_keeps_its_digits(make):
+    """One block of a row dies hundreds of nats below another: at a common scale float32 would return −inf."""
+    cell, options = make(jnp.float32)
+    params, xs = cell.init(jax.random.key(0)), inputs(0, 300, 8)
+    curve = rg.retention(cell, params, cell.init_state(), xs, **options)
+    assert curve.log_norm[-1] < -150
+    with jax.enable_x64(True):
+        cell64, _ = make(jnp.float64)
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (params, cell.init_state(), xs))
+        expected = rg.retention(cell64, *wide, **options).log_norm
+        assert np.isfinite(expected).all()
+    # states of two precisions here, 300 steps: rounding of either sort adds up; 1.4e-4 measured
+    np.testing.assert_allclose(curve.log_norm, expected, rtol=1e-6, atol=1e-3)
 
 
 # --- agreement of implementations ------------------------------------------------------------------------------------
@@ -404,15 +433,36 @@ def test_ten_thousand_steps_with_exploding_gain_stay_finite_or_are_flagged():
     states = rg.unroll(relu, relu.init(jax.random.key(0)), relu.init_state(), inputs(0, 300, 2)).states.h
     first = int(np.flatnonzero(~np.isfinite(states).all(axis=1))[0]) + 1
     assert curve.nonfinite_step == first
-    assert np.isnan(curve.log_norm[-1])
+    assert np.isnan(curve.log_norm[1:]).all()
+    # and so says every other measurement
+    arguments = relu, relu.init(jax.random.key(0)), relu.init_state(), inputs(0, 300, 2)
+    assert np.isnan(rg.logscaled.log_norm(rg.jacobian_chain(*arguments))[:-1]).all()
+    assert np.isnan(rg.gradient_paths(*arguments, max_crossings=1).log_norm[1:]).all()
+    assert np.isnan(rg.step_jacobians(*arguments)[first:]).all()
 
 
 def test_saturated_units_do_not_break_the_chain():
     cell = rg.cells.lstm(2, 3, forget_bias=1.0)
     params = jax.tree.map(lambda leaf: 1e4 * leaf, cell.init(jax.random.key(0)))
     curve = rg.retention(cell, params, cell.init_state(), inputs(0, 50, 2), of="c", wrt="c")
-    assert not np.isnan(curve.log_norm).any()
     assert curve.nonfinite_step == -1
+    # gates are 0 or 1 to the last digit, so no gated path is left and what remains is the product of forget gates
+    forget = np.asarray(rg.unroll(cell, params, cell.init_state(), inputs(0, 50, 2)).gates.f, np.float64)
+    kept = np.sqrt(np.mean(np.cumprod(forget[::-1], axis=0) ** 2, axis=1))
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(curve.log_norm[1:], np.log(kept), rtol=1e-5, atol=1e-5)
+
+
+def test_death_lag_does_not_depend_on_the_norm_asked_for():
+    doubling = rg.map_cell(lambda s, x: 2 * s)
+    curves = [
+        rg.retention(doubling, None, jnp.zeros(100), jnp.zeros((70, 0)), norm=norm)
+        for norm in ("frobenius", "spectral")
+    ]
+    naive = np.asarray(rg.naive_retention(doubling, None, jnp.zeros(100), jnp.zeros((70, 0))))
+    # 100 squares of 2^61 exceed 2^128
+    assert [int(curve.naive_death_lag) for curve in curves] == [61, 61]
+    assert np.flatnonzero(np.isposinf(naive))[0] == 61
 
 
 # --- summaries -------------------------------------------------------------------------------------------------------

@@ -88,6 +88,8 @@ def test_parts_are_resumed_only_by_the_same_configuration(tmp_path):
     # a damaged part is made again
     next(parts.folder.glob("lstm.nc")).write_bytes(b"half")
     assert parts.get("lstm", make)[1] is False
+    with pytest.raises(ValueError, match="expected a result of experiment 'retention', found 'part of retention'"):
+        results.load(parts.folder / "lstm.nc", experiment="retention")
     parts.discard()
     assert not parts.folder.exists()
     parts.discard()

@@ -63,6 +63,8 @@ def indrnn(
     """
     phi = activation_function(activation)
     scheme = initializers.resolve(init, "vanilla")
+    if max_lag is not None and max_lag < 1:
+        raise ValueError(f"max_lag: expected at least 1, found {max_lag}")
     low, high = (0.0, 1.0) if max_lag is None else (0.5 ** (1.0 / max_lag), 2.0 ** (1.0 / max_lag))
 
     def init_params(key):
