@@ -163,7 +163,11 @@ def check_inputs(cell: Cell, params: Params, state: State, xs: Any, *, one_seque
     Raises:
       ValueError: names what was expected and what was found.
     """
-    params, state, xs = jax.tree.map(jnp.asarray, (params, state, xs))
+    for part, tree in (("params", params), ("state", state), ("xs", xs)):
+        for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+            if not hasattr(leaf, "dtype"):
+                label = f"{part}{'.' if name else ''}{name}"
+                raise ValueError(f"{label}: expected an array, found {type(leaf).__name__} {leaf!r}")
     steps = {name: jnp.shape(leaf)[:1] for name, leaf in zip(leaf_names(xs), jax.tree.leaves(xs), strict=True)}
     lengths = set(steps.values())
     if len(lengths) != 1 or lengths == {()}:

@@ -139,9 +139,12 @@ def test_prefix_products_of_something_else(shape):
         rg.prefix_products(jnp.ones(shape))
 
 
-def test_plain_numbers_as_a_state():
-    curve = rg.retention(rg.map_cell(lambda s, x: 0.5 * s), None, jnp.asarray(1.0), jnp.ones((3, 1)))
-    assert jnp.allclose(curve.log_norm, jnp.arange(4) * jnp.log(0.5))
+def test_a_scalar_array_is_a_state_and_a_plain_number_is_not():
+    halving = rg.map_cell(lambda s, x: 0.5 * s)
+    curve = rg.retention(halving, None, jnp.asarray(1.0), jnp.ones((3, 1)))
+    assert jnp.allclose(curve.log_norm, jnp.arange(4.0) * jnp.log(0.5))
+    with raises("state: expected an array, found float 1.0"):
+        rg.retention(halving, None, 1.0, jnp.ones((3, 1)))
 
 
 def test_unknown_norm():
