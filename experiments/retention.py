@@ -119,7 +119,7 @@ def check(config: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, found {getattr(config, name)}")
     if not 0 <= config.fit_from < config.steps:
         raise UserError(f"--fit-from: expected a lag from 0 to {config.steps - 1} (steps − 1), found {config.fit_from}")
-    if config.forget_bias is not None and not abs(config.forget_bias) <= np.finfo(config.dtype).max:
+    if config.forget_bias is not None and not abs(config.forget_bias) <= float(np.finfo(config.dtype).max):
         raise UserError(f"--forget-bias: expected a finite {config.dtype}, found {config.forget_bias}")
     if config.forget_bias is not None and not any(
         _gated(cell) and init not in ("chrono", "ugi") for cell, init in rows_of(config)
