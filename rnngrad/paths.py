@@ -14,8 +14,9 @@ Norms of parts with opposite signs may exceed the norm of the whole.  ``share`` 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,22 @@ from jaxtyping import Array, Float, Int
 from rnngrad import logscaled
 from rnngrad.jacobians import Keep, identity_rows, prepare, pulled, real_dtype, reverse_scan
 from rnngrad.logscaled import LogScaled
+from rnngrad.retention import Certificate, certificate
 from rnngrad.types import Cell, Params, State
 from rnngrad.unroll import run_forward
 
 
-class GradientPaths(NamedTuple):
-    """Parts of the chain by number of crossings; index 0 … K, then one more for all paths with over K crossings."""
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["lags", "log_norm", "share", "parts"],
+    meta_fields=["of", "wrt", "certificate"],
+)
+@dataclasses.dataclass(frozen=True)
+class GradientPaths:
+    """Parts of the chain by number of crossings; index 0 … K, then one more for all paths with over K crossings.
+
+    A pytree: vmap gives a batch of them.
+    """
 
     lags: Int[Array, "..."]
     """0 … T."""
@@ -39,6 +50,9 @@ class GradientPaths(NamedTuple):
     """(T+1, K+2): signed share of each part in the full chain; each row sums to 1 (NaN where the chain is zero)."""
     parts: LogScaled
     """The parts at lag T: mantissa (K+2, M, N), exponent (K+2,); their sum is ∂s_T/∂s_0."""
+    of: str | None
+    wrt: str | None
+    certificate: Certificate
 
 
 def _sum(parts: LogScaled) -> LogScaled:
@@ -86,7 +100,8 @@ def _paths(cell, params, state, xs, *, layout, of, wrt, max_crossings):
         logscaled.join(rows)
     )
     share = jnp.flip(jnp.concatenate([share, start_share[None]]), axis=0)
-    return GradientPaths(jnp.arange(log_norm.shape[0], dtype=jnp.int32), log_norm, share, keep(final))
+    lags = jnp.arange(log_norm.shape[0], dtype=jnp.int32)
+    return GradientPaths(lags, log_norm, share, keep(final), of, wrt, certificate(real_dtype(state)))
 
 
 def gradient_paths(

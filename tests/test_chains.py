@@ -420,6 +420,39 @@ def test_chain_equals_product_for_any_length_and_gain(name, num_steps, gain):
         np.testing.assert_allclose(curve.log_norm, expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
+@hypothesis.settings(deadline=None, max_examples=30, derandomize=True)
+@hypothesis.given(
+    name=st.sampled_from(sorted(CASES)),
+    input_size=st.integers(1, 4),
+    hidden_size=st.integers(1, 5),
+    num_steps=st.integers(1, 12),
+    gain=st.floats(1e-3, 30),
+    dtype=st.sampled_from(["float32", "float64"]),
+    seed=st.integers(0, 2**16),
+)
+def test_chain_equals_product_for_any_shape_dtype_and_gain(name, input_size, hidden_size, num_steps, gain, dtype, seed):
+    with jax.enable_x64(True):
+        cell = CASES[name].make(input_size, hidden_size, dtype=dtype)
+        params = jax.tree.map(lambda leaf: leaf * jnp.asarray(gain, leaf.dtype), cell.init(jax.random.key(seed)))
+        xs = inputs(seed, num_steps, input_size, dtype)
+        curve = rg.retention(cell, params, cell.init_state(), xs)
+        jacobians = np.asarray(rg.step_jacobians(cell, params, cell.init_state(), xs), np.float64)
+    eps = np.finfo(dtype).eps
+    product, sizes = np.eye(jacobians.shape[-1]), 1.0
+    for lag, jacobian in enumerate(jacobians[::-1], start=1):
+        product, sizes = product @ jacobian, sizes * np.linalg.norm(jacobian)
+        norm = np.linalg.norm(product)
+        if norm == 0:
+            assert curve.log_norm[lag] == -np.inf
+            continue
+        # each product is rounded to S·eps of |a||b|: relative to the result that grows by how much the factors cancel
+        error = 8 * lag * len(product) * eps * max(1.0, sizes / norm)
+        if error < 0.1:
+            expected = np.log(norm / np.sqrt(len(product)))
+            np.testing.assert_allclose(curve.log_norm[lag], expected, rtol=4 * eps, atol=error + 4 * eps)
+
+
 def test_ten_thousand_steps_with_exploding_gain_stay_finite_or_are_flagged():
     linear = rg.cells.vanilla(2, 6, activation="identity", init=rg.initializers.gaussian(20.0))
     params = linear.init(jax.random.key(0))

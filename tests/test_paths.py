@@ -138,6 +138,7 @@ def test_crossings_at_every_lag_are_those_of_the_shorter_chain(x64):
     np.testing.assert_allclose(whole.log_norm[len(ex.xs) - 2], later.log_norm[-1], rtol=1e-11)
     np.testing.assert_allclose(whole.share[len(ex.xs) - 2], later.share[-1], rtol=0, atol=1e-11)
     np.testing.assert_array_equal(whole.share[0], [1, 0, 0, 0, 0])
+    assert (whole.of, whole.wrt, whole.certificate.dtype) == ("c", "c", "float64")
 
 
 def test_crossings_survive_where_floats_do_not():
