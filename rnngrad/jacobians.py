@@ -317,8 +317,8 @@ def _of_carry(kind: str, carry: Any) -> Rows:
     return carry[0] if kind == "remainder" else carry
 
 
-def _prepend_last(last: Any, stacked: Any) -> Any:
-    """Puts the value at k = T behind those at k = 0 … T−1."""
+def append_last(last: Any, stacked: Any) -> Any:
+    """Returns what was kept at k = 0 … T−1 with the value at k = T behind it."""
     return jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), stacked, last)
 
 
@@ -350,7 +350,7 @@ def chain_along(cell: Cell, params: Params, run: Run, rows: Rows, *, path: Path,
         return keep(_of_carry(path.kind, carry))
 
     _, stacked = reverse_scan(cell, params, run, keep.layout, carry, advance_for(path.kind), emit, path.gate_is_open)
-    return _prepend_last(emit(carry), stacked)
+    return append_last(emit(carry), stacked)
 
 
 _run_forward = jax.jit(run_forward, static_argnames=("cell",))
@@ -442,8 +442,9 @@ def jacobian_chain(
       path: which paths of the gradient; see the module docstring.
       cotangent: ∂L/∂s_T of a loss of the last state, in the structure of the state; the chain is then ∂L/∂s_k, one row
         (M = 1), in place of the block ``of``.
-      reduce: what to keep of each (M, N) chain, as soon as it is computed; with it memory beyond the states is one
-        chain, without it T + 1 of them.  A module-level function compiles once, a fresh lambda at every call.
+      reduce: what to keep of each (M, N) chain, as soon as it is computed; with it memory beyond states and
+        pre-activations is one chain, without it T + 1 of them.  A module-level function compiles once, a fresh
+        lambda at every call.
 
     Returns:
       LogScaled with mantissa (T+1, M, N) and exponent (T+1,), or the stacked results of ``reduce``.
@@ -477,7 +478,7 @@ def _prefix_products(jacobians):
     # with reverse=True the scan hands over (what comes later, what comes earlier); newest on the left is that order
     products = jax.lax.associative_scan(logscaled.matmul, factors, reverse=True)
     eye = logscaled.from_array(jnp.eye(jacobians.shape[-1], dtype=jacobians.dtype))
-    return _prepend_last(eye, products)
+    return append_last(eye, products)
 
 
 def prefix_products(jacobians: Float[Array, "..."]) -> LogScaled:

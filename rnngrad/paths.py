@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rnngrad import logscaled
-from rnngrad.jacobians import Keep, identity_rows, prepare, pulled, real_dtype, reverse_scan
+from rnngrad.jacobians import Keep, append_last, identity_rows, prepare, pulled, real_dtype, reverse_scan
 from rnngrad.logscaled import LogScaled
 from rnngrad.retention import Certificate, certificate
 from rnngrad.types import Cell, Params, State
@@ -94,12 +94,9 @@ def _paths(cell, params, state, xs, *, layout, of, wrt, max_crossings):
         return logscaled.log_norm(block), share / jnp.broadcast_to(square, share.shape)
 
     run = run_forward(cell, params, state, xs)
-    final, (log_norm, share) = reverse_scan(cell, params, run, layout, carry, advance, emit)
-    start_norm, start_share = emit(carry)
-    log_norm = jnp.flip(jnp.concatenate([log_norm, start_norm[None]]), axis=0) - logscaled.log_norm(
-        logscaled.join(rows)
-    )
-    share = jnp.flip(jnp.concatenate([share, start_share[None]]), axis=0)
+    final, stacked = reverse_scan(cell, params, run, layout, carry, advance, emit)
+    log_norm, share = (jnp.flip(values, axis=0) for values in append_last(emit(carry), stacked))
+    log_norm = log_norm - logscaled.log_norm(logscaled.join(rows))
     lags = jnp.arange(log_norm.shape[0], dtype=jnp.int32)
     return GradientPaths(lags, log_norm, share, keep(final), of, wrt, certificate(real_dtype(state)))
 

@@ -24,6 +24,7 @@ from rnngrad import logscaled
 from rnngrad.jacobians import (
     MATMUL_PRECISION,
     Keep,
+    append_last,
     chain_along,
     identity_blocks,
     identity_rows,
@@ -160,7 +161,7 @@ def retention(
 ) -> RetentionCurve:
     """Returns log(‖∂s_T/∂s_{T−lag}‖ / ‖∂s_T/∂s_T‖) for every lag 0 … T, from one reverse scan.
 
-    Memory beyond the states is one (M, S) matrix, so T is limited by the states alone.
+    Memory beyond the states and pre-activations of the T steps is one (M, S) matrix.
 
     Args:
       cell: the cell.
@@ -211,7 +212,7 @@ def _naive(cell, params, state, xs, *, layout, path, of, wrt):
     run = run_forward(cell, params, state, xs)
     carry = (rows,) * len(kinds)
     _, stacked = reverse_scan(cell, params, run, layout, carry, advance, emit, path.gate_is_open)
-    return jnp.flip(jnp.concatenate([stacked, emit(carry)[None]])) - log_norm(rows)
+    return jnp.flip(append_last(emit(carry), stacked)) - log_norm(rows)
 
 
 def naive_retention(
