@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import sys
+import types
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,7 +17,15 @@ import tyro
 from benchmarks import harness
 from experiments import command, results
 
-Name = Literal["chain_against_alternatives", "chain_against_matmul", "million_steps"]
+Name = Literal[
+    "chain_against_alternatives",
+    "chain_against_matmul",
+    "million_steps",
+    "parallel_in_time",
+    "probes_against_bptt",
+    "spectrum_against_chain",
+    "spectrum_against_torch",
+]
 NAMES: tuple[Name, ...] = get_args(Name)
 
 
@@ -32,6 +42,12 @@ class Config:
     """Tiny sizes: shows that everything runs, says nothing about speed."""
     out: Path = Path("out/benchmarks")
     """Folder for the JSON files."""
+
+
+def missing_package(benchmark: types.ModuleType) -> str | None:
+    """Returns the package beside the project's own that a benchmark needs and does not find; None when it can run."""
+    needed = getattr(benchmark, "REQUIRES", None)
+    return needed if needed and importlib.util.find_spec(needed) is None else None
 
 
 def main(config: Config) -> None:
@@ -56,7 +72,12 @@ def main(config: Config) -> None:
         task = bar.add_task("", total=len(config.names))
         for name in config.names:
             bar.update(task, description=name)
-            rows = importlib.import_module(f"benchmarks.{name}").run(smoke=config.smoke)
+            benchmark = importlib.import_module(f"benchmarks.{name}")
+            if missing := missing_package(benchmark):
+                screen.print(f"left out: {name} needs {missing}, see its docstring")
+                bar.advance(task)
+                continue
+            rows = benchmark.run(smoke=config.smoke)
             bar.advance(task)
             for row in rows:
                 low, high = row.spread

@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import matplotlib.figure
 import rich.console
 import rich.progress
 import rich.table
+import tyro
 import xarray as xr
 
 from experiments import results
@@ -99,6 +100,8 @@ class Experiment(NamedTuple):
     """The functions an experiment module hands to :func:`execute`."""
 
     name: str
+    about: str
+    """What ``--help`` says: the question in one line, then what is measured and shown."""
     run: Callable[..., xr.Dataset]
     """run(config, parts=…, screen=…) -> dataset"""
     table: Callable[[xr.Dataset], rich.table.Table]
@@ -140,3 +143,35 @@ def execute(experiment: Experiment, config: Any, *, out: Path, show: Path | None
     written = [figure_file] if show is not None else [result_file, figure_file]
     seconds = time.perf_counter() - started
     screen.print(f"wrote {' and '.join(map(str, written))} after {seconds:.0f} s", soft_wrap=True, highlight=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every experiment takes beside its settings."""
+
+    out: Path
+    """Folder for the figure and the result file."""
+    smoke: bool = False
+    """Small defaults that finish in seconds; other flags still apply."""
+    show: Path | None = None
+    """Show a stored result file instead of running: the table, the verdict, and the figure drawn again."""
+
+
+def main(experiment: Experiment, default: Any, smoke: Any, arguments: Sequence[str] | None) -> None:
+    """Runs the command line of an experiment; ``default`` and ``smoke`` are two values of its configuration."""
+    words = sys.argv[1:] if arguments is None else arguments
+    chosen = smoke if "--smoke" in words else default
+    flat = tyro.conf.arg(name="")
+    whole = dataclasses.make_dataclass(
+        "Command",
+        [("config", Annotated[type(chosen), flat]), ("options", Annotated[Options, flat])],
+        namespace={"__doc__": experiment.about},
+    )
+    given = tyro.cli(
+        whole,
+        args=words,
+        default=whole(chosen, Options(out=Path("out") / experiment.name)),
+        prog=f"python -m experiments.{experiment.name}",
+        description=experiment.about,
+    )
+    execute(experiment, given.config, out=given.options.out, show=given.options.show)

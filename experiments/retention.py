@@ -18,10 +18,9 @@ import contextlib
 import dataclasses
 import functools
 import json
-import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,6 @@ import rich.console
 import rich.progress
 import rich.table
 import scipy.special
-import tyro
 import xarray as xr
 
 import rnngrad as rg
@@ -577,32 +575,17 @@ def figure(dataset: xr.Dataset) -> matplotlib.figure.Figure:
     return drawn
 
 
-EXPERIMENT = command.Experiment("retention", run, table, verdict, summary, figure)
+ABOUT = """How far back does the gradient of a recurrent network reach on real text?
 
+Measures the true Jacobian chain, its direct path (LSTM: the product of forget gates) and the remainder for each
+cell and initialisation; prints a table with medians and intervals, and writes a figure and a netCDF file."""
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """How far back does the gradient of a recurrent network reach on real text?
-
-    Measures the true Jacobian chain, its direct path (LSTM: the product of forget gates) and the remainder for each
-    cell and initialisation; prints a table with medians and intervals, and writes a figure and a netCDF file.
-    """
-
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    smoke: bool = False
-    """Small defaults that finish in seconds; other flags still apply."""
-    out: Path = Path("out/retention")
-    """Folder for the figure and the result file."""
-    show: Path | None = None
-    """Show a stored result file instead of running: the table, the verdict, and the figure drawn again."""
+EXPERIMENT = command.Experiment("retention", ABOUT, run, table, verdict, summary, figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
-    words = sys.argv[1:] if arguments is None else arguments
-    default = Command(config=SMOKE if "--smoke" in words else Config())
-    chosen = tyro.cli(Command, args=words, default=default, prog="python -m experiments.retention")
-    command.execute(EXPERIMENT, chosen.config, out=chosen.out, show=chosen.show)
+    command.main(EXPERIMENT, Config(), SMOKE, arguments)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """rnngrad: how far back a recurrent network's gradient reaches, along which paths, and why it fades."""
 
-from rnngrad import cells, initializers, logscaled, tasks
+from rnngrad import cells, initializers, logscaled, tasks, theory
 from rnngrad.cells.map import map_cell
+from rnngrad.init_report import InitReport, init_report
 from rnngrad.jacobians import gate_names, jacobian_chain, prefix_products, step_jacobians
 from rnngrad.logscaled import LogScaled
+from rnngrad.lyapunov import CovariantVectors, LyapunovSpectrum, covariant_vectors, lyapunov_spectrum
+from rnngrad.parallel import ParallelRun, parallel_chain, parallel_retention, parallel_unroll
 from rnngrad.paths import GradientPaths, gradient_paths
+from rnngrad.probes import ProbedCurve, ProbedSpectralNorm, probe_retention, probe_spectral_norm
 from rnngrad.retention import (
     Certificate,
     RetentionCurve,
@@ -14,6 +18,7 @@ from rnngrad.retention import (
     naive_retention,
     retention,
 )
+from rnngrad.singular_values import ChainSingularValues, chain_singular_values
 from rnngrad.types import Cell, Trajectory
 from rnngrad.unroll import unroll
 
@@ -22,24 +27,41 @@ __version__ = "0.1.0"
 __all__ = [
     "Cell",
     "Certificate",
+    "ChainSingularValues",
+    "CovariantVectors",
     "GradientPaths",
+    "InitReport",
     "LogScaled",
+    "LyapunovSpectrum",
+    "ParallelRun",
+    "ProbedCurve",
+    "ProbedSpectralNorm",
     "RetentionCurve",
     "Trajectory",
     "cells",
     "certificate",
+    "chain_singular_values",
+    "covariant_vectors",
     "decay_rate",
     "gate_names",
     "gradient_paths",
     "half_life",
+    "init_report",
     "initializers",
     "jacobian_chain",
     "logscaled",
+    "lyapunov_spectrum",
     "map_cell",
     "naive_retention",
+    "parallel_chain",
+    "parallel_retention",
+    "parallel_unroll",
     "prefix_products",
+    "probe_retention",
+    "probe_spectral_norm",
     "retention",
     "step_jacobians",
     "tasks",
+    "theory",
     "unroll",
 ]

@@ -353,6 +353,43 @@ def chain_along(cell: Cell, params: Params, run: Run, rows: Rows, *, path: Path,
     return append_last(emit(carry), stacked)
 
 
+def pull_along(cell: Cell, params: Params, run: Run, rows: Rows, *, path: Path, layout: Layout) -> Rows:
+    """Returns ``rows`` at s_T pulled back to s_0, the last entry of :func:`chain_along` alone."""
+    carry = _start(path.kind, rows)
+    carry, _ = reverse_scan(
+        cell, params, run, layout, carry, advance_for(path.kind), lambda carry: None, path.gate_is_open
+    )
+    return _of_carry(path.kind, carry)
+
+
+def push_along(cell: Cell, params: Params, run: Run, rows: Rows, *, path: Path, layout: Layout) -> Rows:
+    """Returns ``rows`` at s_0 pushed forward along a run, rows · (∂s_T/∂s_0)ᵀ: the transpose of the whole chain.
+
+    Every step is the transpose of the pull-back that :func:`chain_along` takes there.  The arguments are already
+    checked.
+    """
+
+    def transposed(pull: Pull) -> Pull:
+        def push(blocks: Blocks) -> Blocks:
+            (moved,) = jax.linear_transpose(pull, blocks)(blocks)
+            return moved
+
+        return push
+
+    def body(carry, point):
+        pulls = step_pulls(cell, params, point, layout, path.gate_is_open)
+        return advance_for(path.kind)(StepPulls(*map(transposed, pulls)), carry), None
+
+    carry, _ = jax.lax.scan(body, _start(path.kind, rows), run.points)
+    is_good = jnp.all(state_is_finite(run))
+
+    def mark(block: LogScaled) -> LogScaled:
+        bad = jnp.full_like(block.mantissa, jnp.nan)
+        return LogScaled(jnp.where(is_good, block.mantissa, bad), block.exponent)
+
+    return tuple(map(mark, _of_carry(path.kind, carry)))
+
+
 _run_forward = jax.jit(run_forward, static_argnames=("cell",))
 
 

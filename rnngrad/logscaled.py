@@ -44,10 +44,10 @@ class LogScaled(NamedTuple):
     @property
     def log_scale(self) -> Float[Array, "..."]:
         """The scale in nats: value = mantissa · e^log_scale."""
-        return LN2 * self.exponent.astype(_at_least_float32(self.mantissa.dtype))
+        return LN2 * self.exponent.astype(at_least_float32(self.mantissa.dtype))
 
 
-def _at_least_float32(dtype: np.dtype) -> np.dtype:
+def at_least_float32(dtype: np.dtype) -> np.dtype:
     """Logarithms and powers are taken in float32 at least: bfloat16 has two digits, and frexp refuses it."""
     return dtype if dtype.itemsize >= 4 else np.dtype(np.float32)
 
@@ -62,7 +62,7 @@ def _times_power_of_two(mantissa: Array, exponent: Int[Array, "..."]) -> Array:
     """Returns mantissa · 2^exponent, exactly; a power below the normal range counts as 0."""
     dtype = mantissa.dtype
     smallest, highest = jnp.finfo(dtype).minexp, jnp.finfo(dtype).maxexp - 1
-    wide = _at_least_float32(dtype)
+    wide = at_least_float32(dtype)
     power = jnp.ldexp(jnp.ones((), wide), jnp.clip(exponent, smallest, highest))
     power = jnp.where(exponent < smallest, jnp.zeros((), wide), power).astype(dtype)
     return mantissa * jnp.broadcast_to(power.reshape(power.shape + (1,) * (mantissa.ndim - power.ndim)), mantissa.shape)
@@ -74,7 +74,7 @@ def _own_exponent(x: LogScaled) -> tuple[Int[Array, "..."], Array]:
     Of an exact zero, or of NaN and inf, it does not: they keep the exponent they have.
     """
     top = largest(x)
-    _, shift = jnp.frexp(top.astype(_at_least_float32(x.mantissa.dtype)))
+    _, shift = jnp.frexp(top.astype(at_least_float32(x.mantissa.dtype)))
     # Past ±limit the factor itself would leave the range; the next rescale does the rest.
     limit = -int(jnp.finfo(x.mantissa.dtype).minexp) - 1
     counts = jnp.isfinite(top) & (top > 0)
@@ -181,7 +181,7 @@ def log_norm(x: LogScaled, norm: str = "frobenius") -> Float[Array, "..."]:
       x: matrices of shape (…, M, N).
       norm: ``"frobenius"`` or ``"spectral"`` (largest singular value).
     """
-    mantissa = x.mantissa.astype(_at_least_float32(x.mantissa.dtype))
+    mantissa = x.mantissa.astype(at_least_float32(x.mantissa.dtype))
     if norm == "frobenius":
         # a dot product: several times as fast as a sum of squares on a CPU
         squared = jnp.einsum("...mn,...mn->...", mantissa, mantissa, precision=jax.lax.Precision.HIGHEST)
@@ -200,7 +200,7 @@ def log_norm(x: LogScaled, norm: str = "frobenius") -> Float[Array, "..."]:
 
 def log_max(x: LogScaled) -> Float[Array, "..."]:
     """Returns the logarithm of the largest absolute entry, in nats; −inf for an exact zero."""
-    top = largest(x).astype(_at_least_float32(x.mantissa.dtype))
+    top = largest(x).astype(at_least_float32(x.mantissa.dtype))
     is_zero = top == 0
     return jnp.where(is_zero, -jnp.inf, jnp.log(jnp.where(is_zero, 1, top)) + x.log_scale)
 

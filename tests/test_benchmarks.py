@@ -15,7 +15,10 @@ STORED = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
 @pytest.mark.parametrize("name", command_line.NAMES)
 def test_benchmark_runs(name):
-    rows = importlib.import_module(f"benchmarks.{name}").run(smoke=True)
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    if missing := command_line.missing_package(benchmark):
+        pytest.skip(f"needs {missing}")
+    rows = benchmark.run(smoke=True)
     assert rows
     for row in rows:
         assert row.benchmark == name
@@ -50,6 +53,14 @@ def test_command_line_writes_one_file_per_benchmark(tmp_path, capsys):
     command_line.main(config)
     assert [file.name for file in (tmp_path / "b").iterdir()] == ["chain_against_matmul.json"]
     assert "reverse scan" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_benchmark_whose_package_is_missing_is_left_out_and_named(tmp_path, capsys, monkeypatch):
+    module = importlib.import_module("benchmarks.chain_against_matmul")
+    monkeypatch.setattr(module, "REQUIRES", "no_such_package", raising=False)
+    command_line.main(command_line.Config(names=("chain_against_matmul",), smoke=True, out=tmp_path))
+    assert "chain_against_matmul needs no_such_package" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_output_folder_that_is_a_file(tmp_path, capsys):

@@ -14,7 +14,7 @@ import pytest
 import rnngrad as rg
 from tests.cases import CASES
 
-MODULES = [rg, rg.cells, rg.initializers, rg.logscaled, rg.tasks]
+MODULES = [rg, rg.cells, rg.initializers, rg.logscaled, rg.tasks, rg.theory]
 
 
 def _public(module):
@@ -53,7 +53,16 @@ def test_top_level_functions_have_an_example(name, value):
 
 
 def test_names_fixed_by_the_plan_are_there():
-    for name in ("unroll", "jacobian_chain", "retention", "gradient_paths", "map_cell", "LogScaled", "step_jacobians"):
+    for name in (
+        "unroll",
+        "jacobian_chain",
+        "retention",
+        "gradient_paths",
+        "lyapunov_spectrum",
+        "map_cell",
+        "LogScaled",
+        "step_jacobians",
+    ):
         assert name in rg.__all__
     for name in (
         "vanilla",
