@@ -76,6 +76,11 @@ def check_table(checks: Sequence[Check]) -> rich.table.Table:
     return table
 
 
+def markdown(checks: Sequence[Check]) -> list[str]:
+    """Returns the verdict's lines as the claim map prints them."""
+    return [f"| {check.name} | {check.value} | {check.bound} | {'yes' if check.holds else 'no'} |" for check in checks]
+
+
 def config_dict(config: Any) -> dict[str, Any]:
     """Returns the configuration as plain values, paths as text."""
     return {

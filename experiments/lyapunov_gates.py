@@ -231,7 +231,7 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
     for index in range(dataset.sizes["forget_bias"]):
         row = dataset.isel(forget_bias=index)
         exponent = row["exponent"]
-        if np.isnan(exponent.sel(kind=list(KINDS[:2]))).any():
+        if not np.isfinite(exponent.sel(kind=list(KINDS[:2]))).all():
             raise ValueError(f"b_f = {float(row['forget_bias']):g}: a seed gave no number, nothing to judge")
         apart = np.abs(exponent.sel(kind="held").values - exponent.sel(kind="full").values)
         interval = median_interval(apart, axis=0)

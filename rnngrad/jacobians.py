@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from rnngrad import logscaled
 from rnngrad.logscaled import LogScaled
@@ -226,26 +226,33 @@ def reverse_scan(
         return carry, emit(carry)
 
     carry, stacked = jax.lax.scan(body, carry, run.points, reverse=True)
-    # the chain from s_k to s_T passes s_k … s_T
-    passes_bad = jnp.flip(jnp.cumsum(jnp.flip(~state_is_finite(run))) > 0)[:-1]
+    bad = passes_nonfinite(run)
+    return nan_where(bad[0], carry), nan_where(bad, stacked)
 
-    def mark(flags):
-        def one(leaf):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                return leaf
-            spread = jnp.broadcast_to(flags.reshape(flags.shape + (1,) * (leaf.ndim - flags.ndim)), leaf.shape)
-            return jnp.where(spread, jnp.nan, leaf)
 
-        return one
+def passes_nonfinite(run: Run) -> Bool[Array, " T"]:
+    """Returns for k = 0 … T−1 whether one of s_k … s_T, which the chain from s_k to s_T passes, is not finite."""
+    return jnp.flip(jnp.cumsum(jnp.flip(~state_is_finite(run))) > 0)[:-1]
 
-    return jax.tree.map(mark(passes_bad[0]), carry), jax.tree.map(mark(passes_bad), stacked)
+
+def nan_where(flags: Bool[Array, "..."], tree: Any) -> Any:
+    """Returns floating leaves with NaN where the flag of their leading axes is set, and the others as they are."""
+
+    def one(leaf: Array) -> Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        spread = jnp.broadcast_to(flags.reshape(flags.shape + (1,) * (leaf.ndim - flags.ndim)), leaf.shape)
+        return jnp.where(spread, jnp.nan, leaf)
+
+    return jax.tree.map(one, tree)
 
 
 Rows = tuple[LogScaled, ...]
 """Rows of a chain, one LogScaled matrix (R, n_i) per leaf of the state.
 
 Every block has a scale of its own: in a stack, or with one gate's path open, blocks of one row drift apart by hundreds
-of nats, and at a common scale the smaller would be lost.
+of nats, and at a common scale the smaller would be lost.  Within one leaf there is one scale: a unit that drifts 2^150
+below another of the same leaf is lost in float32 even if it comes back later (:class:`ScaledRows` keeps it).
 """
 
 
@@ -381,13 +388,7 @@ def push_along(cell: Cell, params: Params, run: Run, rows: Rows, *, path: Path, 
         return advance_for(path.kind)(StepPulls(*map(transposed, pulls)), carry), None
 
     carry, _ = jax.lax.scan(body, _start(path.kind, rows), run.points)
-    is_good = jnp.all(state_is_finite(run))
-
-    def mark(block: LogScaled) -> LogScaled:
-        bad = jnp.full_like(block.mantissa, jnp.nan)
-        return LogScaled(jnp.where(is_good, block.mantissa, bad), block.exponent)
-
-    return tuple(map(mark, _of_carry(path.kind, carry)))
+    return nan_where(~jnp.all(state_is_finite(run)), _of_carry(path.kind, carry))
 
 
 _run_forward = jax.jit(run_forward, static_argnames=("cell",))
@@ -509,13 +510,65 @@ def jacobian_chain(
     return chain_along(cell, params, run, rows, path=parsed, keep=Keep(layout, wrt, reduce))
 
 
+# --- products of long factors ----------------------------------------------------------------------------------------
+
+ScaledRows = tuple[LogScaled, ...]
+"""A matrix as one LogScaled per block of columns (one per leaf), with an exponent for every row of every block:
+mantissa (…, R, n_j), exponent (…, R).
+
+The reverse scan multiplies by one J at a time, whose entries are plain numbers; an associative scan multiplies long
+products by one another, and there one exponent for a block is not enough: diag(2^-200, 1) · diag(1, 2^-200) is 2^-200
+times the identity, and in float32, at one exponent per factor, it is exactly 0.
+"""
+
+
+def scaled_rows(blocks: Blocks) -> ScaledRows:
+    """Returns plain blocks of columns with an exponent for every row."""
+    return tuple(logscaled.rescale(LogScaled(block, jnp.zeros(block.shape[:-1], jnp.int32))) for block in blocks)
+
+
+def at_one_exponent(block: LogScaled) -> LogScaled:
+    """Returns a block of :class:`ScaledRows` as a matrix with one exponent, as chains are handed out."""
+    top = _top(block.exponent, logscaled.largest(block) != 0)
+    return LogScaled(logscaled.align(block, jnp.broadcast_to(top[..., None], block.exponent.shape)), top)
+
+
+def _top(exponents: Array, counts: Array) -> Array:
+    """Returns the largest exponent over the last axis among those that count; 0 where none does."""
+    top = jnp.max(jnp.where(counts, exponents, jnp.iinfo(jnp.int32).min), axis=-1)
+    return jnp.where(jnp.any(counts, axis=-1), top, 0)
+
+
+def multiply(a: ScaledRows, b: ScaledRows) -> ScaledRows:
+    """Returns a · b; the rows of ``b`` are the columns of all blocks of ``a``, in their order.
+
+    The exponents of the rows of ``b`` go into the columns of ``a``, and every row of these is brought to the exponent
+    of its largest term.  Lost is an entry more than 2^126 (float32) below the largest in its row and leaf.
+    """
+    mantissa = jnp.concatenate([block.mantissa for block in a], axis=-1)
+    spread = [jnp.broadcast_to(block.exponent[..., None], block.mantissa.shape) for block in a]
+    exponent = jnp.concatenate(spread, axis=-1)
+    _, own = jnp.frexp(jax.lax.stop_gradient(mantissa).astype(logscaled.at_least_float32(mantissa.dtype)))
+
+    def in_columns(of_rows: Array) -> Array:
+        return jnp.broadcast_to(of_rows[..., None, :], exponent.shape)
+
+    product = []
+    for block in b:
+        shift = exponent + in_columns(block.exponent)
+        top = _top(shift + own, (mantissa != 0) & in_columns(logscaled.largest(block) != 0))
+        left = logscaled.align(LogScaled(mantissa, shift), jnp.broadcast_to(top[..., None], shift.shape))
+        summed = jnp.matmul(left, block.mantissa, precision=MATMUL_PRECISION)
+        product.append(logscaled.rescale(LogScaled(summed, top)))
+    return tuple(product)
+
+
 @jax.jit
 def _prefix_products(jacobians):
-    factors = logscaled.from_array(jacobians)
     # with reverse=True the scan hands over (what comes later, what comes earlier); newest on the left is that order
-    products = jax.lax.associative_scan(logscaled.matmul, factors, reverse=True)
+    (products,) = jax.lax.associative_scan(multiply, scaled_rows((jacobians,)), reverse=True)
     eye = logscaled.from_array(jnp.eye(jacobians.shape[-1], dtype=jacobians.dtype))
-    return append_last(eye, products)
+    return append_last(eye, at_one_exponent(products))
 
 
 def prefix_products(jacobians: Float[Array, "..."]) -> LogScaled:

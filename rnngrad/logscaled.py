@@ -48,7 +48,7 @@ class LogScaled(NamedTuple):
 
 
 def at_least_float32(dtype: np.dtype) -> np.dtype:
-    """Logarithms and powers are taken in float32 at least: bfloat16 has two digits, and frexp refuses it."""
+    """Returns ``dtype`` or float32, whichever has more digits: bfloat16 has two, and frexp refuses it."""
     return dtype if dtype.itemsize >= 4 else np.dtype(np.float32)
 
 

@@ -1,21 +1,13 @@
-"""Parallel in time: chains, their norms and the states themselves by associative scan.
+"""Parallel in time: chains, retention curves and the states themselves by associative scan.
 
 Depth log T in place of T, for S³ work per product in place of one product with the cell's weights (S is the number of
 real entries of the state): on a device with idle units the trade can pay, on a CPU it does not.  Nothing here changes
 a result; what is run is named by the caller, or chosen by ``method="auto"`` and reported with the reason.
 
-**Chains.**  ∂s_T/∂s_k = J[T−1] ⋯ J[k] is a product of matrices, so its suffixes come from an associative scan.  The
-time axis is cut into chunks that fit ``memory_budget``; from the last chunk to the first, the suffixes of a chunk are
-multiplied from the left by the rows of the later chunks' product.  The remainder R' = R J + P G is the same product
-with the factors [[J, 0], [G, D]].
-
-The reverse scan of :mod:`rnngrad.jacobians` multiplies by one J at a time, whose entries are plain numbers.  Here both
-factors are long products, and one exponent for a whole matrix is not enough: diag(2^-200, 1) · diag(1, 2^-200) is
-2^-200 times the identity, and in float32, at one exponent per factor, it is exactly 0.  One exponent per pair of leaves
-mends stacks and gates, where whole blocks drift apart, but not units of one leaf that do.  So every row of every block
-of columns (one block per leaf) has an exponent of its own: the exponents of the right factor's rows go into the
-columns of the left one before the product, and the largest term of every row of the result survives.  What is still
-lost is what the reverse scan loses too: an entry more than 2^126 (float32) below the largest in its row and leaf.
+**Chains.**  ∂s_T/∂s_k = J[T−1] ⋯ J[k] is a product of matrices, so its suffixes come from an associative scan over
+:class:`rnngrad.jacobians.ScaledRows`.  The time axis is cut into chunks that fit ``memory_budget``; from the last chunk
+to the first, the suffixes of a chunk are multiplied from the left by the rows of the later chunks' product.  The
+remainder R' = R J + P G is the same product with the factors [[J, 0], [G, D]].
 
 **States.**  s_{t+1} = f(s_t, x_t) for all t at once is a root, and Newton's step for it is a linear recurrence::
 
@@ -24,15 +16,10 @@ lost is what the reverse scan loses too: an entry more than 2^126 (float32) belo
 whose solution is an associative scan over the pairs (J_t, r_t).  For a step that is affine in the state one such step
 is exact (``"linear"``); for the others it is iterated (``"newton"``).  This is DEER: Lim et al. 2023, arXiv 2309.12252.
 What we do differently: the recurrence is solved for the correction δ, not for s, so that round-off shrinks with it; δ,
-which is the residual carried through the linearised recurrence, is also the criterion to stop by, since a small
-residual says nothing about the states where the recurrence expands; and where Newton does not come to rest, the states
-are those of the sequential scan.  That is the rule in chaos: it is the sign of the largest Lyapunov exponent that
-decides whether the iteration converges quickly (Gonzalez 2026, arXiv 2603.16850).
-
-Whether a step is affine, and whether each entry of the state follows from that entry alone (J is then a vector), is
-read off its program (the jaxpr) by rules that never say yes wrongly for the operations they know, and no for those they
-do not know.  The solution is held against f all the same, so that a derivative which is not the function's (a
-``stop_gradient`` in the cell) ends in the sequential scan, not in wrong states.
+which is the residual carried through the linearised recurrence, is also the stability check, since where the recurrence
+expands a small residual says nothing about the states; and where Newton does not come to rest, the states are those of
+the sequential scan.  That is the rule in chaos: it is the sign of the largest Lyapunov exponent that decides whether
+the iteration converges quickly (Gonzalez 2026, arXiv 2603.16850).
 """
 
 from __future__ import annotations
@@ -47,148 +34,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from rnngrad import logscaled
 from rnngrad.jacobians import (
-    Layout,
+    MATMUL_PRECISION,
+    Keep,
     Path,
+    ScaledRows,
     append_last,
+    at_one_exponent,
     identity_blocks,
     identity_rows,
     layout_of,
+    multiply,
+    nan_where,
+    passes_nonfinite,
     prepare,
     real_dtype,
+    scaled_rows,
     step_pulls,
 )
 from rnngrad.logscaled import LogScaled
+from rnngrad.retention import RetentionCurve, curve_from, sizes_for
 from rnngrad.types import Cell, Params, Real, State, Trajectory, check_inputs, check_like
 from rnngrad.unroll import Point, Run, run_forward, state_is_finite, unroll
-
-HIGHEST = jax.lax.Precision.HIGHEST
-
-
-# --- products whose rows have exponents of their own -----------------------------------------------------------------
-
-ScaledRows = tuple[LogScaled, ...]
-"""A matrix as one LogScaled per block of columns: mantissa (…, R, n_j), exponent (…, R)."""
-
-
-def scaled_rows(blocks: tuple[Array, ...]) -> ScaledRows:
-    """Returns plain blocks of columns with an exponent for every row."""
-    return tuple(logscaled.rescale(LogScaled(block, jnp.zeros(block.shape[:-1], jnp.int32))) for block in blocks)
-
-
-def _top(exponents: Array, counts: Array) -> Array:
-    """Returns the largest exponent over the last axis among those that count; 0 where none does."""
-    top = jnp.max(jnp.where(counts, exponents, jnp.iinfo(jnp.int32).min), axis=-1)
-    return jnp.where(jnp.any(counts, axis=-1), top, 0)
-
-
-def multiply(a: ScaledRows, b: ScaledRows) -> ScaledRows:
-    """Returns a · b; the rows of ``b`` are the columns of all blocks of ``a``, in their order."""
-    mantissa = jnp.concatenate([block.mantissa for block in a], axis=-1)
-    at = [jnp.broadcast_to(block.exponent[..., None], block.mantissa.shape) for block in a]
-    exponent = jnp.concatenate(at, axis=-1)
-    _, own = jnp.frexp(jax.lax.stop_gradient(mantissa).astype(logscaled.at_least_float32(mantissa.dtype)))
-
-    def spread(per_row: Array) -> Array:
-        return jnp.broadcast_to(per_row[..., None, :], exponent.shape)
-
-    product = []
-    for block in b:
-        shift = exponent + spread(block.exponent)
-        counts = (mantissa != 0) & spread(logscaled.largest(LogScaled(block.mantissa, block.exponent)) != 0)
-        top = _top(shift + own, counts)
-        # Terms below the range of the largest one in their row become 0; they are below its last digit.
-        left = logscaled.align(LogScaled(mantissa, shift), jnp.broadcast_to(top[..., None], shift.shape))
-        summed = jnp.matmul(left, block.mantissa, precision=HIGHEST)
-        product.append(logscaled.rescale(LogScaled(summed, top)))
-    return tuple(product)
-
-
-def _at_one_exponent(blocks: ScaledRows) -> LogScaled:
-    """Returns blocks of columns side by side as one matrix with one exponent, as chains are handed out."""
-    exponents = jnp.concatenate([block.exponent for block in blocks], axis=-1)
-    top = _top(exponents, jnp.concatenate([logscaled.largest(block) != 0 for block in blocks], axis=-1))
-    aligned = [logscaled.align(block, jnp.broadcast_to(top[..., None], block.exponent.shape)) for block in blocks]
-    return LogScaled(jnp.concatenate(aligned, axis=-1), top)
-
-
-# --- chains ----------------------------------------------------------------------------------------------------------
-
-
-def _factors(cell: Cell, params: Params, points: Point, layout: Layout, path: Path) -> ScaledRows:
-    """Returns the factor of every step of a path, leading axis time."""
-    eye = identity_blocks(layout, real_dtype(points.state))
-
-    def one(point: Point) -> tuple[Array, ...]:
-        pulls = step_pulls(cell, params, point, layout, path.gate_is_open)
-        if path.kind != "remainder":
-            return getattr(pulls, path.kind)(eye)
-        upper = [jnp.concatenate([j, g]) for j, g in zip(pulls.full(eye), pulls.gated(eye), strict=True)]
-        lower = [jnp.concatenate([jnp.zeros_like(d), d]) for d in pulls.direct(eye)]
-        return (*upper, *lower)
-
-    return scaled_rows(jax.vmap(one)(points))
-
-
-class _Kept(NamedTuple):
-    """What is kept of each chain; hashable, so that the jitted scan compiles once for it."""
-
-    layout: Layout
-    wrt: str | None
-    reduce: Callable[[LogScaled], Any] | None
-
-    def __call__(self, rows: ScaledRows) -> Any:
-        # of a remainder the first blocks are R, the others P
-        chosen = zip(rows[: len(self.layout.sizes)], self.layout.block(self.wrt), strict=True)
-        chain = _at_one_exponent(tuple(block for block, is_in in chosen if is_in))
-        return chain if self.reduce is None else self.reduce(chain)
-
-
-def _first_rows(layout: Layout, dtype: np.dtype, path: Path, of: str | None) -> ScaledRows:
-    blocks = identity_blocks(layout, dtype, of)
-    return scaled_rows((*map(jnp.zeros_like, blocks), *blocks) if path.kind == "remainder" else blocks)
-
-
-def _marked(stacked: Any, is_bad: Bool[Array, " T"]) -> Any:
-    """Returns floating leaves with NaN where the chain passes a non-finite state, as the reverse scan has them."""
-
-    def one(leaf: Array) -> Array:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
-        spread = is_bad.reshape(is_bad.shape + (1,) * (leaf.ndim - 1))
-        return jnp.where(jnp.broadcast_to(spread, leaf.shape), jnp.nan, leaf)
-
-    return jax.tree.map(one, stacked)
-
-
-@functools.partial(jax.jit, static_argnames=("cell", "path", "of", "keep", "chunk"))
-def _chain(cell, params, state, xs, trajectory, *, path, of, keep, chunk):
-    if trajectory is None:
-        run = run_forward(cell, params, state, xs)
-    else:
-        old = _old_states(state, trajectory.states)
-        zs = jax.vmap(lambda s, x: cell.preactivate(params, s, x))(old, xs)
-        run = Run(Point(old, zs, xs), trajectory.final)
-    layout = keep.layout
-    num_steps = len(jax.tree.leaves(run.points.state)[0])
-    num_chunks = -(-num_steps // chunk)
-    # The first chunk is filled up with copies of step 0 in front of it: a chain never passes what lies before it.
-    padding = num_chunks * chunk - num_steps
-    index = jnp.maximum(jnp.arange(num_chunks * chunk) - padding, 0).reshape(num_chunks, chunk)
-    rows = _first_rows(layout, real_dtype(state), path, of)
-
-    def body(later: ScaledRows, steps: Array) -> tuple[ScaledRows, Any]:
-        points = jax.tree.map(lambda leaf: leaf[steps], run.points)
-        # with reverse=True the scan hands over (what comes later, what comes earlier)
-        suffixes = jax.lax.associative_scan(multiply, _factors(cell, params, points, layout, path), reverse=True)
-        chains = jax.vmap(multiply, in_axes=(None, 0))(later, suffixes)
-        return jax.tree.map(lambda leaf: leaf[0], chains), jax.vmap(keep)(chains)
-
-    _, stacked = jax.lax.scan(body, rows, index, reverse=True)
-    stacked = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[padding:], stacked)
-    passes_bad = jnp.flip(jnp.cumsum(jnp.flip(~state_is_finite(run))) > 0)[:-1]
-    return append_last(keep(rows), _marked(stacked, passes_bad))
 
 
 def _old_states(state: State, states: State) -> State:
@@ -196,79 +63,101 @@ def _old_states(state: State, states: State) -> State:
     return jax.tree.map(lambda first, later: jnp.concatenate([first[None], later[:-1]]), state, states)
 
 
-def _bytes(tree: Any) -> int:
-    """Returns the size of arrays or of their shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def _last(states: State) -> State:
+    return jax.tree.map(lambda leaf: leaf[-1], states)
 
 
-class _Sizes(NamedTuple):
-    """Static sizes of a run that memory estimates are made of."""
-
-    num_steps: int
-    real_state: int
-    """S."""
-    num_leaves: int
-    itemsize: int
-    """Bytes of one real number."""
-    point: int
-    """Bytes of the state and the pre-activations of one step."""
-    preactivation: int
-    """Real entries of z."""
-    output: int
-    """Bytes of the new state and the gate activations of one step."""
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def _sizes(cell: Cell, params: Params, state: State, xs: Any, layout: Layout) -> _Sizes:
-    first = jax.tree.map(lambda leaf: leaf[0], xs)
-    z, output = jax.eval_shape(lambda p, s, x: (cell.preactivate(p, s, x), cell.step(p, s, x)), params, state, first)
-    itemsize = real_dtype(state).itemsize
-    return _Sizes(
-        num_steps=len(jax.tree.leaves(xs)[0]),
-        real_state=sum(layout.sizes),
-        num_leaves=len(layout.sizes),
-        itemsize=itemsize,
-        point=_bytes(state) + _bytes(z),
-        preactivation=-(-_bytes(z) // itemsize),
-        output=_bytes(output),
-    )
+def _bytes(make: Callable[..., Any], *arguments: Any) -> int:
+    """Returns the size of what a function would return."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(make, *arguments)))
 
 
-def _pieces(num_steps: int, longest: int) -> int:
-    """Returns the length of pieces of equal length, at most ``longest``, that cover ``num_steps``."""
-    return -(-num_steps // -(-num_steps // min(longest, num_steps)))
+def _piece(num_steps: int, budget: Real, *, fixed: int, kept: int, per_step: int, hint: str) -> int:
+    """Returns the length of equal pieces of the time axis, the longest that fit.
 
-
-def _chunk_length(sizes: _Sizes, kind: str, num_rows: int, num_columns: int | None, kept: int, budget: int) -> int:
-    """Returns how many steps of a chain fit the budget at once; see :func:`parallel_chain` for the estimate.
-
-    Args:
-      sizes: of the run.
-      kind: of the path; a remainder has factors of twice the width.
-      num_rows: M.
-      num_columns: N where whole chains are handed out, None where they are reduced.
-      kept: bytes of what is kept of one chain.
-      budget: in bytes.
+    Bytes: ``fixed`` once, ``kept`` of every step, ``per_step`` for each step of a piece.
     """
-    s, steps = sizes.real_state, sizes.num_steps
-    if num_columns is not None and (steps + 1) * kept > budget:
+    fits = (budget - fixed - num_steps * kept) / per_step
+    if not fits >= 1:
         raise ValueError(
-            f"memory_budget: the {steps + 1} chains of {num_rows} × {num_columns} numbers alone take "
-            f"{(steps + 1) * kept} bytes, found {budget}, which holds {max(budget // kept - 1, 0)} steps of them; "
-            "reduce= keeps only what it returns of each (its norm, say)"
+            f"memory_budget: expected at least {fixed + num_steps * kept + per_step} bytes for T={num_steps}, found "
+            f"{budget}, which holds T={max(0, int((budget - fixed - per_step) / kept))}; {hint}"
         )
-    width = 2 * s if kind == "remainder" else s
-    per_step = sizes.itemsize * (5 * width**2 + s * sizes.preactivation) + 16 * sizes.num_leaves * width
-    # twice what is kept: it is stacked by chunks, then cut to T + 1
-    held = steps * (sizes.point + 16) + 2 * (steps + 1) * kept
-    # one step more for the rows that pass from chunk to chunk
-    longest = (budget - held) // per_step - 1
-    if longest < 1:
-        raise ValueError(
-            f"memory_budget: expected at least {held + 2 * per_step} bytes for S={s} and T={steps}, found {budget}; "
-            f"{held} of them for the states, pre-activations and results of all steps, {per_step} for each step of a "
-            "chunk"
-        )
-    return _pieces(steps, longest)
+    return -(-num_steps // -(-num_steps // int(min(fits, num_steps))))
+
+
+# --- chains ----------------------------------------------------------------------------------------------------------
+
+
+def _factor(cell: Cell, params: Params, path: Path, keep: Keep, point: Point) -> tuple[Array, ...]:
+    """Returns the factor of one step of a path as blocks of columns."""
+    pulls = step_pulls(cell, params, point, keep.layout, path.gate_is_open)
+    eye = identity_blocks(keep.layout, real_dtype(point.state))
+    if path.kind != "remainder":
+        return getattr(pulls, path.kind)(eye)
+    upper = [jnp.concatenate([j, g]) for j, g in zip(pulls.full(eye), pulls.gated(eye), strict=True)]
+    return (*upper, *(jnp.concatenate([jnp.zeros_like(d), d]) for d in pulls.direct(eye)))
+
+
+@functools.partial(jax.jit, static_argnames=("cell", "path", "of", "keep", "chunk"))
+def _chain(cell, params, state, xs, states, *, path, of, keep, chunk):
+    """Returns what is kept of ∂s_T/∂s_k for every k = 0 … T, and whether s_0 … s_T are finite."""
+    if states is None:
+        run = run_forward(cell, params, state, xs)
+    else:
+        old = _old_states(state, states)
+        zs = jax.vmap(lambda s, x: cell.preactivate(params, s, x))(old, xs)
+        run = Run(Point(old, zs, xs), _last(states))
+    blocks = identity_blocks(keep.layout, real_dtype(state), of)
+    rows = scaled_rows((*map(jnp.zeros_like, blocks), *blocks) if path.kind == "remainder" else blocks)
+    num_steps = len(jax.tree.leaves(xs)[0])
+    num_chunks = -(-num_steps // chunk)
+    # The first chunk is filled up with copies of step 0 in front of it: a chain never passes what lies before it.
+    padding = num_chunks * chunk - num_steps
+    index = jnp.maximum(jnp.arange(num_chunks * chunk) - padding, 0).reshape(num_chunks, chunk)
+
+    def kept(rows: ScaledRows) -> Any:
+        # of a remainder the first blocks are R, the others P
+        return keep(tuple(map(at_one_exponent, rows[: len(keep.layout.sizes)])))
+
+    def body(later: ScaledRows, steps: Array) -> tuple[ScaledRows, Any]:
+        points = jax.tree.map(lambda leaf: leaf[steps], run.points)
+        factors = scaled_rows(jax.vmap(functools.partial(_factor, cell, params, path, keep))(points))
+        # with reverse=True the scan hands over (what comes later, what comes earlier)
+        suffixes = jax.lax.associative_scan(multiply, factors, reverse=True)
+        chains = jax.vmap(multiply, in_axes=(None, 0))(later, suffixes)
+        return jax.tree.map(lambda leaf: leaf[0], chains), jax.vmap(kept)(chains)
+
+    _, stacked = jax.lax.scan(body, rows, index, reverse=True)
+    stacked = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[padding:], stacked)
+    return append_last(kept(rows), nan_where(passes_nonfinite(run), stacked)), state_is_finite(run)
+
+
+def _chain_within(cell, params, state, xs, *, of, wrt, path, reduce, trajectory, memory_budget):
+    """Returns the same after every check, in chunks that fit the budget."""
+    layout, parsed = prepare(cell, params, state, xs, path=path, of=of, wrt=wrt)
+    num_steps, width, dtype = len(jax.tree.leaves(xs)[0]), sum(layout.sizes), real_dtype(state)
+    states = None if trajectory is None else trajectory.states
+    if states is not None:
+        expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((num_steps, *leaf.shape), leaf.dtype), state)
+        check_like(states, expected, what="trajectory.states", dtypes=True)
+    keep = Keep(layout, wrt, reduce)
+    z = _bytes(cell.preactivate, params, state, jax.tree.map(lambda leaf: leaf[0], xs))
+    chain = _bytes(lambda: keep(identity_rows(layout, dtype, of)))
+    rows = 2 * width if parsed.kind == "remainder" else width
+    per_step = 5 * dtype.itemsize * rows**2 + width * z + 16 * len(layout.sizes) * rows
+    chunk = _piece(
+        num_steps,
+        memory_budget,
+        fixed=per_step + 2 * chain,  # the rows that pass from chunk to chunk
+        kept=width * dtype.itemsize + z + 16 + 2 * chain,  # stacked by chunks, then cut to T + 1
+        per_step=per_step,
+        hint="reduce= keeps only what it returns of each chain, its norm, say",
+    )
+    return _chain(cell, params, state, xs, states, path=parsed, of=of, keep=keep, chunk=chunk)
 
 
 def parallel_chain(
@@ -282,64 +171,36 @@ def parallel_chain(
     path: str = "full",
     reduce: Callable[[LogScaled], Any] | None = None,
     trajectory: Trajectory | None = None,
-    memory_budget: int = 2**30,
+    memory_budget: Real = 2**30,
 ) -> Any:
     """Returns ∂s_T/∂s_k for every k = 0 … T as :func:`rnngrad.jacobian_chain` does, by associative scan.
 
-    Depth log(chunk) per chunk in place of one per step, S³ work per product in place of one product with the cell's
-    weights.  It agrees with the reverse scan to round-off also where leaves of the state, or units of one leaf, drift
-    apart by more than the range of their dtype; see the module docstring.
+    It agrees with the reverse scan to round-off also where leaves of the state, or units of one leaf, drift apart by
+    more than the range of their dtype.  Arguments, result and errors are those of :func:`rnngrad.jacobian_chain`, and:
 
-    The chunk is the longest for which the following estimate, taken from what XLA reports for its CPU programs, stays
-    within the budget, in numbers of the state's dtype::
+    ``trajectory``, the run to take the Jacobians along, as :func:`parallel_unroll` or :func:`rnngrad.unroll` of the
+    same arguments returned it; None runs the sequential scan.
 
-        T · (S + Z)                  states and pre-activations, Z entries of z per step
-        2 · (T + 1) · kept           what is kept of each chain: M · N, or what ``reduce`` returns
-        (chunk + 1) · (5 S² + S Z)   factors, products and cotangents of the gates; (2 S)² for S² with the remainder
+    ``memory_budget``, bytes that the call may hold beside its arguments; a ValueError says what would fit where it
+    holds less than one step.  The chunk is the longest that fits by this estimate, taken from what XLA reports for its
+    CPU programs, in numbers of the state's dtype, with 16 bytes for the exponents of a row and leaf, and Z entries of
+    z::
 
-    and 16 bytes for the exponents of every row and leaf.  Derivatives of the result keep more, which is not counted.
+        T · (S + Z) + 2 · (T + 1) · kept       the run, and M · N or what ``reduce`` returns of each chain
+        (chunk + 1) · (5 S² + S Z)             products and cotangents of z; (2 S)² for S² with the remainder
 
-    Args:
-      cell: the cell.
-      params: its parameters.
-      state: s_0, one sequence.
-      xs: inputs, shape (T, D).
-      of: block of rows by field name, None for the whole state.
-      wrt: block of columns.
-      path: which paths of the gradient; see :mod:`rnngrad.jacobians`.
-      reduce: what to keep of each (M, N) chain.
-      trajectory: the run to take the Jacobians along, as :func:`parallel_unroll` or :func:`rnngrad.unroll` of the same
-        arguments returned it; None runs the sequential scan.
-      memory_budget: bytes that the call may hold beside its arguments.
-
-    Returns:
-      LogScaled with mantissa (T+1, M, N) and exponent (T+1,), or the stacked results of ``reduce``.
-
-    Raises:
-      ValueError: inputs that do not fit, NaN or inf in them, unknown block, gate or path, or a budget that holds less
-        than one step; says what would fit.
+    What derivatives of the result keep is not counted.
 
     >>> import jax
     >>> import rnngrad as rg
-    >>> from rnngrad.parallel import parallel_chain
     >>> cell = rg.cells.lstm(3, 5)
     >>> xs = jax.random.normal(jax.random.key(1), (3, 3))
-    >>> chain = parallel_chain(cell, cell.init(jax.random.key(0)), cell.init_state(), xs, of="c", wrt="h")
+    >>> chain = rg.parallel_chain(cell, cell.init(jax.random.key(0)), cell.init_state(), xs, of="c", wrt="h")
     >>> chain.mantissa.shape
     (4, 5, 5)
     """
-    layout, parsed = prepare(cell, params, state, xs, path=path, of=of, wrt=wrt)
-    sizes = _sizes(cell, params, state, xs, layout)
-    if trajectory is not None:
-        expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((sizes.num_steps, *leaf.shape), leaf.dtype), state)
-        check_like(trajectory.states, expected, what="trajectory.states", dtypes=True)
-    keep = _Kept(layout, wrt, reduce)
-    kept = jax.eval_shape(lambda: keep(_first_rows(layout, real_dtype(state), parsed, of)))
-    num_rows, num_columns = (len(layout.positions(block)) for block in (of, wrt))
-    chunk = _chunk_length(
-        sizes, parsed.kind, num_rows, num_columns if reduce is None else None, _bytes(kept), memory_budget
-    )
-    return _chain(cell, params, state, xs, trajectory, path=parsed, of=of, keep=keep, chunk=chunk)
+    options = {"of": of, "wrt": wrt, "path": path, "trajectory": trajectory, "memory_budget": memory_budget}
+    return _chain_within(cell, params, state, xs, reduce=reduce, **options)[0]
 
 
 def parallel_retention(
@@ -353,143 +214,73 @@ def parallel_retention(
     path: str = "full",
     norm: str = "frobenius",
     trajectory: Trajectory | None = None,
-    memory_budget: int = 2**30,
-) -> Float[Array, " L"]:
-    """Returns what ``rg.retention(…).log_norm`` returns, by associative scan: nats at every lag 0 … T.
+    memory_budget: Real = 2**30,
+) -> RetentionCurve:
+    """Returns the curve that :func:`rnngrad.retention` returns, by associative scan.
 
     Arguments and errors are those of :func:`rnngrad.retention` and :func:`parallel_chain`.
 
     >>> import jax
     >>> import rnngrad as rg
-    >>> from rnngrad.parallel import parallel_retention
     >>> cell = rg.cells.lstm(3, 5, forget_bias=1.0)
     >>> xs = jax.random.normal(jax.random.key(1), (3, 3))
-    >>> log_norm = parallel_retention(cell, cell.init(jax.random.key(0)), cell.init_state(), xs, of="c", wrt="c")
-    >>> log_norm.shape, float(log_norm[0])
+    >>> curve = rg.parallel_retention(cell, cell.init(jax.random.key(0)), cell.init_state(), xs, of="c", wrt="c")
+    >>> curve.log_norm.shape, float(curve.log_norm[0])
     ((4,), 0.0)
     """
-    log_norm = parallel_chain(
-        cell,
-        params,
-        state,
-        xs,
-        of=of,
-        wrt=wrt,
-        path=path,
-        reduce=_NORMS.get(norm) or functools.partial(logscaled.log_norm, norm=norm),
-        trajectory=trajectory,
-        memory_budget=memory_budget,
-    )
-    start = logscaled.log_norm(logscaled.join(identity_rows(layout_of(state), real_dtype(state), of)), norm)
-    return jnp.flip(log_norm) - start
-
-
-# One object each: a fresh partial at every call would compile anew.
-_NORMS = {norm: functools.partial(logscaled.log_norm, norm=norm) for norm in ("frobenius", "spectral")}
+    options = {"of": of, "wrt": wrt, "path": path, "trajectory": trajectory, "memory_budget": memory_budget}
+    sizes, is_finite = _chain_within(cell, params, state, xs, reduce=sizes_for(norm), **options)
+    layout, dtype = layout_of(state), real_dtype(state)
+    return curve_from(sizes, is_finite, layout=layout, dtype=dtype, of=of, wrt=wrt, path=path, norm=norm)
 
 
 # --- what a step's program says about it -----------------------------------------------------------------------------
 
 
 class Structure(NamedTuple):
-    """What is known of ∂s'/∂s before a number is computed."""
+    """What is known of J = ∂s'/∂s before a number is computed."""
 
     is_affine: bool
-    """s' = A s + b, with A and b from the parameters and the input alone."""
+    """J comes from the parameters and the input alone: s' = J s + b."""
     is_elementwise: bool
-    """Each entry of each leaf of s' depends on s only through the same entry of the same leaf: J is a vector."""
+    """Each entry of each leaf of s' has a derivative by the same entry of the same leaf only: J is a vector."""
 
 
-class _Seen(NamedTuple):
-    """What a variable of the program has of the state."""
-
-    degree: int
-    """0 nothing, 1 affine, 2 more than that."""
-    leaf: int | None
-    """The leaf of whose entries it is made one by one; None where entries have met."""
+_STATE, _MIXED = "state", "mixed entries"
+# What a linear program is made of while it treats every entry alone.
+_ENTRY_BY_ENTRY = {"add", "add_any", "copy", "div", "mul", "neg", "select_n", "sub"}
+_CALLS = {"jit", "pjit", "checkpoint", "remat2"}
 
 
-_NOTHING = _Seen(0, None)
-_SUMS = {"add", "sub", "neg", "add_any", "copy", "copy_p"}
-_HOLOMORPHIC = {"exp", "log", "sin", "cos", "tan", "sinh", "cosh", "tanh", "sqrt", "integer_pow", "square"}
-# fmt: off
-_ELEMENTWISE = _SUMS | _HOLOMORPHIC | {
-    "mul", "div", "logistic", "exp2", "log1p", "expm1", "rsqrt", "cbrt", "pow", "max", "min", "abs", "sign", "erf",
-    "erfc", "asin", "acos", "atan", "asinh", "acosh", "atanh", "atan2", "clamp", "select_n", "floor", "ceil", "round",
-    "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite", "stop_gradient",
-}
-_REARRANGEMENTS = {
-    "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "transpose", "slice", "concatenate", "split", "rev", "pad",
-    "real", "imag", "complex", "conj", "reduce_sum", "cumsum",
-}
-# fmt: on
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat2": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
+def _follow(jaxpr: Any, operands: Sequence[frozenset[Any]]) -> list[frozenset[Any]]:
+    """Returns what the results of a pull-back are made of, given that of its operands.
 
+    That is a set of ``_STATE``, the leaves of the cotangent by number, and ``_MIXED`` where entries of these have met.
+    """
+    made_of = dict(zip(jaxpr.invars, operands, strict=True))
 
-def _degree(name: str, seen: list[_Seen], eqn: Any) -> int:
-    """Returns the degree of an operation's result from those of its operands."""
-    degrees = [operand.degree for operand in seen]
-    if name in _SUMS or name in _REARRANGEMENTS:
-        return max(degrees)
-    if name == "convert_element_type":
-        kinds = (jnp.floating, jnp.complexfloating)
-        is_number = any(jnp.issubdtype(eqn.params["new_dtype"], kind) for kind in kinds)
-        return degrees[0] if is_number else 2
-    if name in ("mul", "dot_general"):
-        return min(sum(degrees), 2)
-    if name in ("div", "gather", "dynamic_slice"):
-        return 2 if any(degrees[1:]) else degrees[0]
-    if name == "select_n":
-        return 2 if degrees[0] else max(degrees)
-    return 2
-
-
-def _leaf(name: str, seen: list[_Seen], eqn: Any) -> int | None:
-    """Returns the leaf whose entries an operation still treats one by one, None if it does not."""
-    leaves = {operand.leaf for operand in seen if operand.degree}
-    shapes = {atom.aval.shape for atom, operand in zip(eqn.invars, seen, strict=True) if operand.degree}
-    is_complex = any(jnp.issubdtype(atom.aval.dtype, jnp.complexfloating) for atom in eqn.invars)
-    # a complex leaf has one complex derivative only where the step is holomorphic in it
-    allowed = _SUMS | _HOLOMORPHIC | {"mul", "div"} if is_complex else _ELEMENTWISE | {"convert_element_type"}
-    if name not in allowed or len(leaves) != 1 or shapes != {eqn.outvars[0].aval.shape}:
-        return None
-    return leaves.pop()
-
-
-def _follow(jaxpr: Any, operands: Sequence[_Seen]) -> list[_Seen]:
-    """Returns what the results of a program have of the state, given what its operands have."""
-    known = dict(zip(jaxpr.invars, operands, strict=True))
-
-    def look(atom: Any) -> _Seen:
-        return _NOTHING if hasattr(atom, "val") else known.get(atom, _NOTHING)  # a literal has a value
+    def look(atom: Any) -> frozenset[Any]:
+        return frozenset() if hasattr(atom, "val") else made_of.get(atom, frozenset())  # a literal has a value
 
     for eqn in jaxpr.eqns:
         name, seen = eqn.primitive.name, [look(atom) for atom in eqn.invars]
-        if not any(operand.degree for operand in seen):
-            continue
-        inner = eqn.params.get(_CALLS.get(name, ""))
-        inner = getattr(inner, "jaxpr", inner)
-        if inner is not None and len(inner.invars) == len(seen):
-            results = _follow(inner, seen)
+        if name in _CALLS:
+            results = _follow(getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"]), seen)
         else:
-            results = [_Seen(_degree(name, seen, eqn), _leaf(name, seen, eqn))] * len(eqn.outvars)
-        known.update(zip(eqn.outvars, results, strict=True))
+            shapes = {atom.aval.shape for atom, one in zip(eqn.invars, seen, strict=True) if one - {_STATE}}
+            is_mixed = shapes and (name not in _ENTRY_BY_ENTRY or shapes != {eqn.outvars[0].aval.shape})
+            results = [frozenset().union(*seen, {_MIXED} if is_mixed else ())] * len(eqn.outvars)
+        made_of.update(zip(eqn.outvars, results, strict=True))
     return [look(atom) for atom in jaxpr.outvars]
 
 
 def structure_of(cell: Cell, params: Params, state: State, xs: Any) -> Structure:
     """Returns whether the step of a cell is affine in the state, and whether it treats each entry alone.
 
-    Read off the step's program; operations it has no rule for count as neither.
+    Read off the program of the pull-back Jᵀc: J is constant where no operation that leads to the result has seen the
+    state, and a vector where each operation on the way from c to the result works entry by entry.  Where the derivative
+    is not the function's (``floor``, ``stop_gradient``) this says nothing about the function, which is why
+    :func:`parallel_unroll` holds its solutions against the function.
 
     >>> import jax
     >>> import rnngrad as rg
@@ -498,15 +289,17 @@ def structure_of(cell: Cell, params: Params, state: State, xs: Any) -> Structure
     >>> structure_of(cell, cell.init(jax.random.key(0)), cell.init_state(), jax.numpy.ones((1, 3)))
     Structure(is_affine=False, is_elementwise=True)
     """
-    first = jax.tree.map(lambda leaf: leaf[0], xs)
-    closed = jax.make_jaxpr(lambda s, p, x: cell.step(p, s, x)[0])(state, params, first)
+
+    def pull(cotangent: State, state: State, params: Params, x: Any) -> State:
+        return jax.vjp(lambda s: cell.step(params, s, x)[0], state)[1](cotangent)[0]
+
+    jaxpr = jax.make_jaxpr(pull)(state, state, params, jax.tree.map(lambda leaf: leaf[0], xs)).jaxpr
     num_leaves = len(jax.tree.leaves(state))
-    operands = [_Seen(1, index) for index in range(num_leaves)]
-    operands += [_NOTHING] * (len(closed.jaxpr.invars) - num_leaves)
-    results = _follow(closed.jaxpr, operands)
+    operands = [frozenset({leaf}) for leaf in range(num_leaves)] + [frozenset({_STATE})] * num_leaves
+    results = _follow(jaxpr, operands + [frozenset()] * (len(jaxpr.invars) - len(operands)))
     return Structure(
-        is_affine=all(result.degree < 2 for result in results),
-        is_elementwise=all(result.degree == 0 or result.leaf == index for index, result in enumerate(results)),
+        is_affine=not any(_STATE in result for result in results),
+        is_elementwise=all(result <= {leaf, _STATE} for leaf, result in enumerate(results)),
     )
 
 
@@ -523,53 +316,44 @@ def _derivatives(cell: Cell, is_elementwise: bool, params: Params, old: State, x
 
     That of the first step is 0: it would multiply the correction of s_0, of which there is none, and is in no product.
     """
-    if is_elementwise:
 
-        def vector(s: State, x: Any) -> State:
-            with jax.default_matmul_precision("highest"):
-                return jax.jvp(lambda s: cell.step(params, s, x)[0], (s,), (jax.tree.map(jnp.ones_like, s),))[1]
+    def one(s: State, x: Any) -> Any:
+        if is_elementwise:
+            with jax.default_matmul_precision(MATMUL_PRECISION):
+                return jax.vjp(lambda s: cell.step(params, s, x)[0], s)[1](jax.tree.map(jnp.ones_like, s))[0]
+        layout = layout_of(s)
+        pulls = step_pulls(cell, params, Point(s, cell.preactivate(params, s, x), x), layout)
+        return jnp.concatenate(pulls.full(identity_blocks(layout, real_dtype(s))), axis=-1)
 
-        derivatives = jax.vmap(vector)(old, xs)
-    else:
-        layout = layout_of(jax.tree.map(lambda leaf: leaf[0], old))
-        eye = identity_blocks(layout, real_dtype(old))
-        zs = jax.vmap(lambda s, x: cell.preactivate(params, s, x))(old, xs)
-        blocks = jax.vmap(lambda point: step_pulls(cell, params, point, layout).full(eye))(Point(old, zs, xs))
-        derivatives = jnp.concatenate(blocks, axis=-1)
-    return jax.tree.map(lambda leaf: leaf.at[0].set(0), derivatives)
+    return jax.tree.map(lambda leaf: leaf.at[0].set(0), jax.vmap(one)(old, xs))
 
 
 def _solve(is_elementwise: bool, derivatives: Any, rhs: State) -> State:
     """Returns δ with δ_{t+1} = J_t δ_t + rhs_t and δ_0 = 0, by associative scan over the pairs (J, rhs)."""
-    if is_elementwise:
-
-        def leaf_by_leaf(earlier, later):
-            return later[0] * earlier[0], later[0] * earlier[1] + later[1]
-
-        def one(derivative, leaf):
-            return jax.lax.associative_scan(leaf_by_leaf, (derivative, leaf))[1]
-
-        return jax.tree.map(one, derivatives, rhs)
+    product = jnp.multiply if is_elementwise else functools.partial(jnp.matmul, precision=MATMUL_PRECISION)
 
     def combine(earlier, later):
-        moved = jnp.matmul(later[0], earlier[1][..., None], precision=HIGHEST)[..., 0]
-        return jnp.matmul(later[0], earlier[0], precision=HIGHEST), moved + later[1]
+        return product(later[0], earlier[0]), product(later[0], earlier[1]) + later[1]
 
-    layout = layout_of(jax.tree.map(lambda leaf: leaf[0], rhs))
-    vectors = jax.vmap(lambda s: jnp.concatenate(layout.split(s)))(rhs)
-    _, solution = jax.lax.associative_scan(combine, (derivatives, vectors))
+    def solved(derivative, column):
+        return jax.lax.associative_scan(combine, (derivative, column))[1]
+
+    if is_elementwise:
+        return jax.tree.map(solved, derivatives, rhs)
+    layout = layout_of(_last(rhs))
+    columns = solved(derivatives, jax.vmap(lambda s: jnp.concatenate(layout.split(s))[:, None])(rhs))
     ends = np.cumsum(layout.sizes)[:-1]
-    return jax.vmap(lambda vector: layout.merge(tuple(jnp.split(vector, ends))))(solution)
+    return jax.vmap(lambda column: layout.merge(tuple(jnp.split(column[:, 0], ends))))(columns)
 
 
 def _relative(part: State, *wholes: State) -> Float[Array, ""]:
     """Returns the largest absolute entry of ``part`` in units of that of ``wholes``, for the worst leaf; 0/0 is 0."""
 
-    def largest(tree: State) -> Array:
-        return jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)])
+    def one(part: Array, *wholes: Array) -> Array:
+        top, *scales = (jnp.max(jnp.abs(leaf)) for leaf in (part, *wholes))
+        return jnp.where(top == 0, top, top / functools.reduce(jnp.maximum, scales))
 
-    top, scale = largest(part), functools.reduce(jnp.maximum, map(largest, wholes))
-    return jnp.max(jnp.where(top == 0, top, top / scale))
+    return functools.reduce(jnp.maximum, jax.tree.leaves(jax.tree.map(one, part, *wholes)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -586,134 +370,106 @@ def _settled(cell, is_elementwise, is_solved, params, state, xs, states):
 def _settled_jvp(cell, is_elementwise, primals, tangents):
     is_solved, params, state, xs, _ = primals
     states = _settled(cell, is_elementwise, *primals)
-    old = _old_states(state, states)
 
     def explicit(params, state, xs):
         # the states are held for this derivative only; those of it see them move
         return _steps(cell, params, _old_states(state, states), xs)[0]
 
     rhs = jax.jvp(explicit, (params, state, xs), tangents[1:4])[1]
-    derivatives = _derivatives(cell, is_elementwise, params, old, xs)
+    derivatives = _derivatives(cell, is_elementwise, params, _old_states(state, states), xs)
     # under vmap this runs, and is thrown away, also where the scan took over: it must not overflow there
     derivatives = jax.tree.map(lambda leaf: jnp.where(is_solved, leaf, jnp.zeros_like(leaf)), derivatives)
     return states, _solve(is_elementwise, derivatives, rhs)
 
 
-PATIENCE = 12
-"""Newton steps without a smaller correction than before after which the scan takes over.
+def _newton(cell, params, state, xs, *, method, is_elementwise, max_iterations, tolerance):
+    """Returns states by Newton's method, the number of steps and what they are judged by; no derivatives pass here."""
+    params, state, xs = jax.lax.stop_gradient((params, state, xs))
 
-Twice the longest such stretch, 6, among 72 runs that all came to rest in the end: vanilla, GRU, IndRNN and LSTM with
-forget biases up to 5, 8 seeds each, T = 200, float32; they took 4 to 35 steps.
-"""
-
-
-class _Solved(NamedTuple):
-    """Newton's method over one window."""
-
-    states: State
-    num_iterations: Int[Array, ""]
-    size: Float[Array, ""]
-    """Of the last correction; for an affine step of the residual."""
-    is_solved: Bool[Array, ""]
-
-
-def _newton(
-    cell: Cell,
-    structure: Structure,
-    params: Params,
-    state: State,
-    xs: Any,
-    max_iterations: int,
-    tolerance: float,
-) -> _Solved:
-    """Returns the states of a window by Newton's method from s_t = s_0; no derivatives pass through here."""
-    params, state, xs = jax.tree.map(
-        lambda leaf: jax.lax.stop_gradient(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf,
-        (params, state, xs),
-    )
-    window = len(jax.tree.leaves(xs)[0])
-    guess = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (window, *leaf.shape)), state)
-
-    def corrected(guess: State) -> tuple[State, Array]:
+    def residual(guess: State) -> tuple[State, State, State]:
         old = _old_states(state, guess)
         new, _ = _steps(cell, params, old, xs)
-        residual = jax.tree.map(jnp.subtract, new, guess)
-        derivatives = _derivatives(cell, structure.is_elementwise, params, old, xs)
-        correction = _solve(structure.is_elementwise, derivatives, residual)
+        return jax.tree.map(jnp.subtract, new, guess), new, old
+
+    def corrected(guess: State) -> tuple[State, Array]:
+        rhs, new, old = residual(guess)
+        correction = _solve(is_elementwise, _derivatives(cell, is_elementwise, params, old, xs), rhs)
+        # s_0 counts in the scale: a window may come to be all zero
         return jax.tree.map(jnp.add, guess, correction), _relative(correction, new, old)
 
-    if structure.is_affine:
-        states, _ = corrected(guess)
-        # one step is exact, so what is left is round-off, or a derivative that is not the function's
-        old = _old_states(state, states)
-        new, _ = _steps(cell, params, old, xs)
-        size = _relative(jax.tree.map(jnp.subtract, new, states), new, old)
-        return _Solved(states, jnp.ones((), jnp.int32), size, size <= tolerance)
+    num_steps = len(jax.tree.leaves(xs)[0])
+    guess = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (num_steps, *leaf.shape)), state)
+    if method == "linear":
+        # From zero the correction is the solution, and no digits of a large s_0 cancel in small later states.  What is
+        # left after the one step is round-off, or a derivative that is not the function's.
+        states, _ = corrected(jax.tree.map(jnp.zeros_like, guess))
+        return states, jnp.ones((), jnp.int32), _relative(*residual(states))
 
     def goes_on(carry):
-        _, size, _, count, since = carry
-        return (size > tolerance) & jnp.isfinite(size) & (count < max_iterations) & (since < PATIENCE)
+        _, size, count = carry
+        return (size > tolerance) & jnp.isfinite(size) & (count < max_iterations)
 
     def body(carry):
-        guess, _, best, count, since = carry
-        guess, size = corrected(guess)
-        return guess, size, jnp.minimum(best, size), count + 1, jnp.where(size < best, 0, since + 1)
+        guess, _, count = carry
+        return *corrected(guess), count + 1
 
     worst = jnp.asarray(jnp.finfo(real_dtype(state)).max, real_dtype(state))
-    nothing = jnp.zeros((), jnp.int32)
-    states, size, _, count, _ = jax.lax.while_loop(goes_on, body, (guess, worst, worst, nothing, nothing))
-    return _Solved(states, count, size, size <= tolerance)
+    states, size, count = jax.lax.while_loop(goes_on, body, (guess, worst, jnp.zeros((), jnp.int32)))
+    return states, count, size
 
 
-def _window(cell, structure, params, state, xs, max_iterations, tolerance):
-    """Returns trajectory, number of Newton steps, residual and whether they were enough, for one window."""
-    solved = _newton(cell, structure, params, state, xs, max_iterations, tolerance)
+@functools.partial(
+    jax.jit, static_argnames=("cell", "method", "is_elementwise", "window", "max_iterations", "tolerance")
+)
+def _windows(cell, params, state, xs, *, method, is_elementwise, window, max_iterations, tolerance):
+    """Returns the trajectory, and of the worst window: Newton steps, what they are judged by, whether it was solved."""
+    newton = functools.partial(
+        _newton, method=method, is_elementwise=is_elementwise, max_iterations=max_iterations, tolerance=tolerance
+    )
 
-    def in_parallel():
-        # a finite stand-in where the scan takes over: under vmap both are computed
-        guess = jax.tree.map(
-            lambda leaf, first: jnp.where(solved.is_solved, leaf, jnp.broadcast_to(first[None], leaf.shape)),
-            solved.states,
-            state,
-        )
-        root = _settled(cell, structure.is_elementwise, solved.is_solved, params, state, xs, guess)
-        old = _old_states(state, root)
-        new, gates = _steps(cell, params, old, xs)
-        return (new, gates), jax.lax.stop_gradient(_relative(jax.tree.map(jnp.subtract, new, root), new, old))
+    def body(state, steps):
+        inputs = jax.tree.map(lambda leaf: leaf[steps], xs)
+        guess, count, size = newton(cell, params, state, inputs)
+        is_solved = size <= tolerance
 
-    def by_scan():
-        trajectory = unroll(cell, params, state, xs)
-        size = jax.lax.stop_gradient(solved.size)
-        return (trajectory.states, trajectory.gates), jnp.where(jnp.isnan(size), jnp.inf, size)
+        def in_parallel():
+            # a finite stand-in where the scan takes over: under vmap both are computed
+            root = jax.tree.map(
+                lambda leaf, first: jnp.where(is_solved, leaf, jnp.broadcast_to(first[None], leaf.shape)), guess, state
+            )
+            root = _settled(cell, is_elementwise, is_solved, params, state, inputs, root)
+            return _steps(cell, params, _old_states(state, root), inputs)
 
-    (states, gates), residual = jax.lax.cond(solved.is_solved, in_parallel, by_scan)
-    final = jax.tree.map(lambda leaf: leaf[-1], states)
-    return Trajectory(states, gates, final), solved.num_iterations, residual, solved.is_solved
+        def by_scan():
+            trajectory = unroll(cell, params, state, inputs)
+            return trajectory.states, trajectory.gates
 
+        states, gates = jax.lax.cond(is_solved, in_parallel, by_scan)
+        return _last(states), (states, gates, count, jnp.where(jnp.isnan(size), jnp.inf, size), is_solved)
 
-@functools.partial(jax.jit, static_argnames=("cell", "structure", "window", "max_iterations", "tolerance"))
-def _windows(cell, params, state, xs, *, structure, window, max_iterations, tolerance):
     num_steps = len(jax.tree.leaves(xs)[0])
-    solve = functools.partial(_window, cell, structure, max_iterations=max_iterations, tolerance=tolerance)
-    if window == num_steps:
-        return solve(params, state, xs)
     num_windows = -(-num_steps // window)
     # the last window is filled up with copies of the last input; what they lead to is cut off
     index = jnp.minimum(jnp.arange(num_windows * window), num_steps - 1).reshape(num_windows, window)
-
-    def body(state, steps):
-        trajectory, *found = solve(params, state, jax.tree.map(lambda leaf: leaf[steps], xs))
-        return trajectory.final, (trajectory.states, trajectory.gates, *found)
-
-    _, (states, gates, counts, residuals, is_solved) = jax.lax.scan(body, state, index)
+    _, (states, gates, count, size, is_solved) = jax.lax.scan(body, state, index)
     states, gates = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_steps], (states, gates))
-    final = jax.tree.map(lambda leaf: leaf[-1], states)
-    return Trajectory(states, gates, final), jnp.max(counts), jnp.max(residuals), jnp.all(is_solved)
+    return Trajectory(states, gates, _last(states)), jnp.max(count), jnp.max(size), jnp.all(is_solved)
+
+
+def _window_length(cell, params, state, xs, is_elementwise, memory_budget):
+    first = jax.tree.map(lambda leaf: leaf[0], xs)
+    num_steps, width, itemsize = len(jax.tree.leaves(xs)[0]), sum(layout_of(state).sizes), real_dtype(state).itemsize
+    z = _bytes(cell.preactivate, params, state, first)
+    matrices = 0 if is_elementwise else 3 * itemsize * width**2 + width * z
+    per_step = matrices + 5 * itemsize * width + 2 * z
+    kept = 2 * _bytes(cell.step, params, state, first)
+    hint = "method 'scan' holds no Jacobians"
+    return _piece(num_steps, memory_budget, fixed=0, kept=kept, per_step=per_step, hint=hint)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["trajectory", "num_iterations", "residual", "converged", "used_scan"],
+    data_fields=["trajectory", "num_iterations", "residual", "used_scan"],
     meta_fields=["method", "window", "reason"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -725,30 +481,17 @@ class ParallelRun:
     num_iterations: Int[Array, "..."]
     """Newton steps, of the window that took most; 1 for ``"linear"``, 0 for ``"scan"``."""
     residual: Float[Array, "..."]
-    """Largest |f(s_t) − s_{t+1}| of the parallel solution in units of the largest |s|, worst leaf and window; where it
-    did not meet the tolerance, the last correction in those units, inf where it is not a number.  0 for ``"scan"``."""
-    converged: Bool[Array, "..."]
-    """Whether the parallel solution met the tolerance, in every window."""
+    """What the solution was judged by, in units of the largest |s|, for the worst leaf and window: for ``"linear"`` the
+    largest |f(s_t) − s_{t+1}|, for ``"newton"`` that residual carried through the linearised recurrence, which is the
+    last correction; inf where it is not a number, 0 for ``"scan"``."""
     used_scan: Bool[Array, "..."]
-    """Whether states come from the sequential scan: by request, or because a window did not converge."""
+    """Whether states come from the sequential scan: by choice, or because a window did not meet the tolerance."""
     method: str
     """``"linear"``, ``"newton"`` or ``"scan"``."""
     window: int
     """Steps that are solved at once."""
     reason: str
     """Why this method."""
-
-
-def _bytes_per_step(sizes: _Sizes, is_elementwise: bool) -> int:
-    """Returns what one step of a window takes; see :func:`parallel_unroll`."""
-    s, z = sizes.real_state, sizes.preactivation
-    if is_elementwise:
-        return sizes.itemsize * (5 * s + 2 * z)
-    return sizes.itemsize * (3 * s**2 + s * z + 5 * s + 2 * z)
-
-
-SHORTEST_WINDOW = 64
-"""Steps below which ``"auto"`` sees no use in solving window after window."""
 
 
 def parallel_unroll(
@@ -760,25 +503,14 @@ def parallel_unroll(
     method: str = "auto",
     max_iterations: int = 50,
     tolerance: Real | None = None,
-    window: int | None = None,
-    memory_budget: int = 2**30,
+    memory_budget: Real = 2**30,
 ) -> ParallelRun:
     """Returns the run of :func:`rnngrad.unroll`, its states evaluated for all steps of a window at once.
 
     Whatever the method, the states are those of the cell: a solution that does not meet the tolerance is thrown away
     and the sequential scan runs in its place, inside the same compiled program (``used_scan`` says so).  Under
-    ``jax.vmap`` both are computed for every sequence.
-
-    Windows follow one another in time, each from the last state of the one before.  The window is the longest for which
-    the following estimate, taken from what XLA reports for its CPU programs, stays within the budget, in numbers of the
-    state's dtype::
-
-        2 · T · (S + A)                              states and gate activations, A entries per step
-        window · (3 S² + S Z + 5 S + 2 Z)            Jacobians and their products; Z entries of z per step
-        window · (5 S + 2 Z)                         where each entry of the state stands alone
-
-    Derivatives pass through the solution by the implicit function theorem, to any order, and not through its
-    iterations; they cost a linear recurrence of the same kind, whose memory is not counted.
+    ``jax.vmap`` both are computed for every sequence.  Derivatives pass through the solution by the implicit function
+    theorem, to any order, and not through its iterations.
 
     Args:
       cell: the cell.
@@ -786,80 +518,75 @@ def parallel_unroll(
       state: s_0, one sequence; ``jax.vmap`` for a batch.
       xs: inputs, shape (T, D).
       method: ``"linear"`` (one Newton step, exact for a step that is affine in the state), ``"newton"``, ``"scan"``, or
-        ``"auto"``: linear where the step is affine, else newton where windows of at least 64 steps fit the budget, else
-        scan.
+        ``"auto"``: linear where the step is affine, else newton, and the scan where these are refused (the step has no
+        reverse-mode derivative, or the budget holds not one step).
       max_iterations: of Newton's method, per window.
-      tolerance: size of the last correction of the states, relative to the largest state of its leaf and window (s_0
-        included), at which Newton's method has converged; for ``"linear"`` of the residual.  None is ε^(3/4): 6e-6 in
-        float32, 2e-12 in float64.
-      window: the most steps to solve at once; the run is cut into windows of equal length.  None: as many as fit.
-      memory_budget: bytes that the call may hold beside its arguments.
+      tolerance: of ``residual``.  None is ε^(3/4): 6e-6 in float32, 2e-12 in float64.
+      memory_budget: bytes that a parallel method may hold beside its arguments.  Windows follow one another in time,
+        each from the last state of the one before, and are the longest that fit by this estimate, in numbers of the
+        state's dtype; A is the number of gate activations, Z the size of z::
+
+            2 · T · (S + A)                              states and gate activations
+            window · (3 S² + S Z + 5 S + 2 Z)            Jacobians and their products
+            window · (5 S + 2 Z)                         where each entry of the state stands alone
+
+        It is taken from what XLA reports for its CPU programs.  What derivatives of the result keep is not counted.
 
     Raises:
       ValueError: inputs that do not fit, an unknown method, ``"linear"`` for a step that is not affine in the state, or
-        a budget that holds less than one step, or less than the window asked for; says what would fit.
+        a budget that holds less than one step; says what would fit.
 
     >>> import jax
     >>> import rnngrad as rg
-    >>> from rnngrad.parallel import parallel_unroll
     >>> cell = rg.cells.min_gru(3, 5)
     >>> xs = jax.random.normal(jax.random.key(1), (7, 3))
-    >>> run = parallel_unroll(cell, cell.init(jax.random.key(0)), cell.init_state(), xs)
+    >>> run = rg.parallel_unroll(cell, cell.init(jax.random.key(0)), cell.init_state(), xs)
     >>> run.method, run.reason, bool(run.used_scan)
     ('linear', 'the step is affine in the state and treats each entry alone', False)
     """
     num_steps = check_inputs(cell, params, state, xs, one_sequence=True)
     if method not in ("auto", "linear", "newton", "scan"):
         raise ValueError(f"unknown method {method!r}; expected 'auto', 'linear', 'newton' or 'scan'")
-    if max_iterations < 1 or (window is not None and window < 1):
+    if tolerance is None:
+        tolerance = float(jnp.finfo(real_dtype(state)).eps) ** 0.75
+    if max_iterations < 1 or not tolerance >= 0:
         raise ValueError(
-            f"expected max_iterations and window of at least 1, found max_iterations={max_iterations}, window={window}"
+            f"expected max_iterations of at least 1 and tolerance of at least 0, found {max_iterations} and {tolerance}"
         )
-    structure = structure_of(cell, params, state, xs)
-    kind = "is affine in the state" if structure.is_affine else "is not affine in the state"
-    entries = "treats each entry alone" if structure.is_elementwise else "mixes its entries"
+
+    def by_scan(reason: str) -> ParallelRun:
+        zero, yes = jnp.zeros((), real_dtype(state)), jnp.ones((), bool)
+        trajectory = unroll(cell, params, state, xs)
+        return ParallelRun(trajectory, jnp.zeros((), jnp.int32), zero, yes, "scan", num_steps, reason)
+
+    if method == "scan":
+        return by_scan("asked for")
+    try:
+        structure = structure_of(cell, params, state, xs)
+        window = _window_length(cell, params, state, xs, structure.is_elementwise, memory_budget)
+    except ValueError as refusal:
+        if method != "auto":
+            raise
+        return by_scan(str(refusal))
     if method == "linear" and not structure.is_affine:
         raise ValueError(
             f"method 'linear': expected a step that is affine in the state, found cell {cell.name!r}, whose program is "
             "not known to be; 'newton' iterates"
         )
-
-    sizes = _sizes(cell, params, state, xs, layout_of(state))
-    held, per_step = 2 * num_steps * sizes.output, _bytes_per_step(sizes, structure.is_elementwise)
-    fits = (memory_budget - held) // per_step
-    shortest = min(num_steps, SHORTEST_WINDOW) if method == "auto" else 1
-    wanted = shortest if window is None else min(window, num_steps)
-    reason = f"asked for; the step {kind} and {entries}"
     if method == "auto":
-        reason = f"the step {kind} and {entries}"
         method = "linear" if structure.is_affine else "newton"
-        if fits < wanted:
-            reason += (
-                f", but a window of {wanted} steps takes {held + wanted * per_step} bytes and memory_budget is "
-                f"{memory_budget}"
-            )
-            method = "scan"
-    if method == "scan":
-        zero = jnp.zeros((), real_dtype(state))
-        yes, none = jnp.ones((), bool), jnp.zeros((), jnp.int32)
-        return ParallelRun(unroll(cell, params, state, xs), none, zero, yes, yes, method, num_steps, reason)
-    if fits < wanted:
-        raise ValueError(
-            f"memory_budget: expected at least {held + wanted * per_step} bytes for S={sizes.real_state}, "
-            f"T={num_steps} and a window of {wanted} steps, found {memory_budget}, which holds {max(fits, 0)} steps "
-            "at once"
-        )
-    length = _pieces(num_steps, fits if window is None else wanted)
-    if tolerance is None:
-        tolerance = float(jnp.finfo(real_dtype(state)).eps) ** 0.75
-    trajectory, count, residual, converged = _windows(
+    trajectory, count, residual, is_solved = _windows(
         cell,
         params,
         state,
         xs,
-        structure=structure,
-        window=length,
+        method=method,
+        is_elementwise=structure.is_elementwise,
+        window=window,
         max_iterations=max_iterations,
         tolerance=float(tolerance),
     )
-    return ParallelRun(trajectory, count, residual, converged, ~converged, method, length, reason)
+    kind = "is" if structure.is_affine else "is not"
+    entries = "treats each entry alone" if structure.is_elementwise else "mixes its entries"
+    reason = f"the step {kind} affine in the state and {entries}"
+    return ParallelRun(trajectory, count, residual, ~is_solved, method, window, reason)

@@ -93,7 +93,7 @@ from rnngrad.jacobians import (
     push_along,
     real_dtype,
 )
-from rnngrad.logscaled import LogScaled
+from rnngrad.logscaled import LogScaled, at_least_float32
 from rnngrad.retention import Certificate, certificate
 from rnngrad.types import Cell, Params, Real, State
 from rnngrad.unroll import run_forward, state_is_finite
@@ -131,7 +131,7 @@ class ProbedCurve:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["low", "high"],
+    data_fields=["low", "high", "nonfinite_step"],
     meta_fields=["of", "wrt", "path", "num_probes", "num_iterations", "confidence", "certificate"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +142,8 @@ class ProbedSpectralNorm:
     """Rayleigh–Ritz value: never above the norm (but for rounding), and the better estimate of the two."""
     high: Float[Array, "..."]
     """Above the norm with at least the stated confidence."""
+    nonfinite_step: Int[Array, "..."]
+    """First time step at which the state is not finite; −1 for none.  Both ends are NaN with one."""
     of: str | None
     wrt: str | None
     path: str
@@ -177,11 +179,6 @@ def _draw(key: Key[Array, ""], num_probes: int, layout: Layout, of: str | None, 
     return jax.random.normal(key, (num_probes, _num_entries(layout, of)), dtype)
 
 
-def _wide(dtype: np.dtype) -> np.dtype:
-    """Gram matrices and QR decompositions are taken in float32 at least: there is no QR in bfloat16."""
-    return dtype if dtype.itemsize >= 4 else np.dtype(np.float32)
-
-
 class _Spread(NamedTuple):
     """What is kept of the rows at each lag."""
 
@@ -193,7 +190,7 @@ class _Spread(NamedTuple):
 
 def _spread(rows: LogScaled, *, most: int) -> _Spread:
     p = rows.mantissa.shape[-2]
-    mantissa = rows.mantissa.astype(_wide(rows.mantissa.dtype))
+    mantissa = rows.mantissa.astype(at_least_float32(rows.mantissa.dtype))
     gram = jnp.einsum("in,jn->ij", mantissa, mantissa, precision=jax.lax.Precision.HIGHEST)
     trace = jnp.trace(gram)
     is_zero = trace == 0
@@ -349,7 +346,7 @@ def _probe_spectral_norm(
     x = jax.lax.fori_loop(0, num_iterations, lambda _, x: push(pull(x)), start)
 
     # Rows of x are nearly parallel by now; Householder QR gives an orthonormal basis all the same.
-    wide = _wide(dtype)
+    wide = at_least_float32(dtype)
     basis, triangle = jnp.linalg.qr(x.mantissa.astype(wide).T)
     moved = pull(logscaled.from_array(basis.T.astype(dtype)))
     low = logscaled.log_norm(moved, "spectral")
@@ -358,10 +355,12 @@ def _probe_spectral_norm(
         jnp.asarray(num_probes, wide), statistics.NormalDist().inv_cdf(1 - confidence)
     )
     high = (2 * logscaled.log_norm(product) - jnp.log(chi_square)) / (4 * num_iterations + 2)
+    is_finite = state_is_finite(run)
     return ProbedSpectralNorm(
         low=low,
         # where the draw was an unlucky one, the lower end may show it
         high=jnp.maximum(low, high),
+        nonfinite_step=jnp.where(jnp.all(is_finite), -1, jnp.argmin(is_finite)).astype(jnp.int32),
         of=of,
         wrt=wrt,
         path="",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from rnngrad import logscaled
 from rnngrad.jacobians import (
     MATMUL_PRECISION,
     Keep,
+    Layout,
     append_last,
     chain_along,
     identity_blocks,
@@ -82,15 +84,18 @@ def certificate(dtype: Any) -> Certificate:
     backend = jax.default_backend()
     info = np.finfo(np.float32)
     smallest = info.smallest_subnormal if backend == "gpu" else info.tiny
-    return Certificate(jnp.dtype(dtype).name, MATMUL_PRECISION, backend, float(np.log(smallest)))
+    # NumPy's float64 becomes float32 on its way into JAX unless 64 bits are enabled
+    name = jax.dtypes.canonicalize_dtype(dtype).name
+    return Certificate(name, MATMUL_PRECISION, backend, float(np.log(smallest)))
 
 
-def _sizes(chain: LogScaled, *, norm: str, floor: float) -> tuple[Array, Array, Array]:
+def _sizes(chain: LogScaled, *, norm: str) -> tuple[Array, Array, Array]:
     """What a retention curve keeps of each chain: two log-norms, and a log-maximum that is right where it matters.
 
     Only whether the largest square lies below the floor is asked later.  Since max² ≤ Σ² ≤ MN max², the Frobenius norm
     answers that except within log(MN) of the floor, and the pass over the matrix is made there alone.
     """
+    floor = certificate(chain.mantissa.dtype).float32_floor
     log_frobenius = logscaled.log_norm(chain)
     entries = chain.mantissa.size
     is_open = (2 * log_frobenius > floor - 1) & (2 * log_frobenius < floor + float(np.log(entries)) + 1)
@@ -99,37 +104,45 @@ def _sizes(chain: LogScaled, *, norm: str, floor: float) -> tuple[Array, Array, 
     return chosen, log_frobenius, log_max
 
 
+@functools.cache
+def sizes_for(norm: str) -> Callable[[LogScaled], tuple[Array, Array, Array]]:
+    """Returns what a curve in this norm keeps of each chain; one object each, for a fresh one would compile anew."""
+    if norm not in ("frobenius", "spectral"):
+        raise ValueError(f"unknown norm {norm!r}; expected 'frobenius' or 'spectral'")
+    return functools.partial(_sizes, norm=norm)
+
+
 def _first_true(flags: Array, *, otherwise: Array) -> Array:
     return jnp.where(jnp.any(flags), jnp.argmax(flags).astype(jnp.int32), otherwise)
 
 
-@functools.partial(jax.jit, static_argnames=("cell", "layout", "path", "of", "wrt", "norm"))
-def _retention(cell, params, state, xs, *, layout, path, of, wrt, norm):
-    run = run_forward(cell, params, state, xs)
-    dtype = real_dtype(state)
-    floor = certificate(dtype).float32_floor
-    rows = identity_rows(layout, dtype, of)
-    log_norm, log_frobenius, log_max = chain_along(
-        cell,
-        params,
-        run,
-        rows,
-        path=path,
-        keep=Keep(layout, wrt, functools.partial(_sizes, norm=norm, floor=floor)),
-    )
-    start = logscaled.log_norm(logscaled.join(rows), norm)
+@functools.partial(jax.jit, static_argnames=("layout", "dtype", "of", "wrt", "path", "norm"))
+def curve_from(
+    sizes: tuple[Array, Array, Array],
+    is_finite: Array,
+    *,
+    layout: Layout,
+    dtype: np.dtype,
+    of: str | None,
+    wrt: str | None,
+    path: str,
+    norm: str,
+) -> RetentionCurve:
+    """Returns the curve of what :func:`sizes_for` kept of the chains, and of whether s_0 … s_T are finite."""
+    log_norm, log_frobenius, log_max = sizes
+    start = logscaled.log_norm(logscaled.join(identity_rows(layout, dtype, of)), norm)
+    made_with = certificate(dtype)
 
     # The naive norm squares every entry first: it is 0 once the largest square is below the floor and inf once the sum
     # of squares is above the ceiling.  A power of two can lie exactly on the floor and survives there, so the
     # comparison leaves it 1e-4 nats of room; 63 steps of f = 0.5 are such a case.
     ceiling = float(np.log(np.finfo(np.float32).max))
-    dies = (2 * log_max < floor - 1e-4) | (2 * log_frobenius > ceiling)
+    dies = (2 * log_max < made_with.float32_floor - 1e-4) | (2 * log_frobenius > ceiling)
     # flipped to run over lag; a chain that starts at zero (a remainder, ∂c/∂h) does not die there
     dies = jnp.flip(dies & ~jnp.isneginf(log_max)) & (jnp.arange(dies.shape[0]) > 0)
     exactly_zero = jnp.flip(jnp.isneginf(log_max))
     dies = dies | (exactly_zero & (jnp.cumsum(~exactly_zero) > 0))
 
-    is_finite = state_is_finite(run)
     num_lags = log_norm.shape[0]
     none = jnp.array(-1, jnp.int32)
     broken = jnp.isnan(log_max) | jnp.isposinf(log_max)
@@ -142,10 +155,17 @@ def _retention(cell, params, state, xs, *, layout, path, of, wrt, norm):
         nonfinite_step=_first_true(~is_finite, otherwise=from_chain),
         of=of,
         wrt=wrt,
-        path="",
+        path=path,
         norm=norm,
-        certificate=certificate(dtype),
+        certificate=made_with,
     )
+
+
+@functools.partial(jax.jit, static_argnames=("cell", "path", "of", "keep"))
+def _sizes_along(cell, params, state, xs, *, path, of, keep):
+    run = run_forward(cell, params, state, xs)
+    rows = identity_rows(keep.layout, real_dtype(state), of)
+    return chain_along(cell, params, run, rows, path=path, keep=keep), state_is_finite(run)
 
 
 def retention(
@@ -186,11 +206,10 @@ def retention(
     >>> curve.log_norm.shape, float(curve.log_norm[0])
     ((8,), 0.0)
     """
-    if norm not in ("frobenius", "spectral"):
-        raise ValueError(f"unknown norm {norm!r}; expected 'frobenius' or 'spectral'")
+    kept = sizes_for(norm)
     layout, parsed = prepare(cell, params, state, xs, path=path, of=of, wrt=wrt)
-    curve = _retention(cell, params, state, xs, layout=layout, path=parsed, of=of, wrt=wrt, norm=norm)
-    return dataclasses.replace(curve, path=path)
+    sizes, is_finite = _sizes_along(cell, params, state, xs, path=parsed, of=of, keep=Keep(layout, wrt, kept))
+    return curve_from(sizes, is_finite, layout=layout, dtype=real_dtype(state), of=of, wrt=wrt, path=path, norm=norm)
 
 
 @functools.partial(jax.jit, static_argnames=("cell", "layout", "path", "of", "wrt"))

@@ -15,7 +15,7 @@ A product multiplied out loses every singular value below eps · σ_1.  The tria
    columns that differ by any number of nats is computed from their ratio alone, so that every singular value has
    about the relative accuracy of U.
 
-What the steps themselves round, eps · cond(J_t), no method gives back.
+What the steps themselves round, eps · cond(J_t), no method gives back; ``roundoff`` adds it up.  Not differentiable.
 
 Sources: Stewart 1997, SIAM J. Matrix Anal. Appl. 18 (graded QR of products); Demmel & Veselić 1992, SIAM J. Matrix
 Anal. Appl. 13 (one-sided Jacobi is as accurate as the scaled matrix allows).
@@ -28,38 +28,49 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from rnngrad import logscaled
 from rnngrad.jacobians import layout_of, real_dtype, step_pulls
 from rnngrad.logscaled import LogScaled, at_least_float32
-from rnngrad.lyapunov import Block, push_forward
-from rnngrad.orthonormal import orthonormalise
+from rnngrad.lyapunov import LOST, Block, push_forward, random_frame
+from rnngrad.orthonormal import orthonormalise, product
 from rnngrad.types import Cell, Params, State, check_finite, check_inputs
-from rnngrad.unroll import run_forward
+from rnngrad.unroll import run_forward, state_is_finite
 
 MAX_SWEEPS = 30
 """Jacobi converges quadratically, in four to eight sweeps; more than this means NaN."""
+
+
+class SingularValues(NamedTuple):
+    """Singular values of one matrix."""
+
+    log_singular_values: Float[Array, "..."]
+    """(n,) in nats, descending; −inf for an exact zero."""
+    num_sweeps: Int[Array, ""]
+    """Jacobi sweeps that were needed."""
+    converged: Bool[Array, ""]
+    """Whether the rows came out finite and orthogonal to round-off."""
 
 
 class ChainSingularValues(NamedTuple):
     """Singular values of ∂s_T/∂s_0."""
 
     log_singular_values: Float[Array, "..."]
-    """(S,) in nats, descending; −inf for an exact zero."""
-    num_sweeps: Array
-    """Jacobi sweeps that were needed."""
+    """(S,) in nats, descending; −inf for an exact zero, NaN when the state became non-finite."""
+    roundoff: Float[Array, "..."]
+    """(S,) nats by which rounding may have moved each: the sum over steps of what it does to log L_jj; inf where a step
+    had lost the direction altogether."""
     converged: Bool[Array, "..."]
-    """Whether the columns are orthogonal to round-off."""
+    """Whether the Jacobi sweeps converged on finite numbers, and the frame had sorted the directions well enough."""
+    nonfinite_step: Int[Array, "..."]
+    """First time step at which the state is not finite; −1 for none."""
 
     @property
     def log_condition_number(self) -> Float[Array, "..."]:
         """log(σ_1 / σ_S) in nats; inf for a singular chain."""
         return self.log_singular_values[..., 0] - self.log_singular_values[..., -1]
-
-
-def _product(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _ratio(d: LogScaled) -> Array:
@@ -82,25 +93,36 @@ def _graded(cell, params, state, xs, *, block):
         pull = step_pulls(cell, params, point, block.layout).full
         return orthonormalise(block.move(rows, pull, real_dtype(state))).rows, None
 
+    eps = float(jnp.finfo(real_dtype(state)).eps)
     eye = jnp.eye(block.size, dtype=dtype)
-    frame, _ = jax.lax.scan(pull, eye, run.points, reverse=True)
+    # from a random frame: the identity would stay unsorted along a triangular chain
+    frame, _ = jax.lax.scan(
+        pull, random_frame(jax.random.key(0), block.size, block.size, dtype), run.points, reverse=True
+    )
 
     def push(carry, x):
-        state, frame, unit, d = carry
+        state, frame, unit, d, roundoff, is_sorted = carry
         state, move = push_forward(cell, params, state, x, block)
         moved = move(frame)
         out = orthonormalise(moved)
-        factor = jnp.tril(_product(moved, out.rows.T))
+        factor = jnp.tril(product(moved, out.rows.T))
         pivots = jnp.exp(out.log_growth)
         new_d = logscaled.rescale(LogScaled(d.mantissa * pivots, d.exponent))
         # a direction of length 0 stays at 0: its column of U only has to be finite
         safe = jnp.where(pivots == 0, 1, pivots)
-        step = _ratio(d) * jnp.tril(factor / safe[None, :], -1) + eye
-        return (state, out.rows, _product(unit, step), new_d), None
+        ratio = _ratio(d)
+        step = ratio * jnp.tril(factor / safe[None, :], -1) + eye
+        error = eps * jnp.exp(jnp.minimum(out.log_stretch, -float(np.log(eps))))
+        nats = jnp.where(error < LOST, -jnp.log1p(-jnp.minimum(error, LOST)), jnp.inf)
+        is_sorted = is_sorted & (jnp.max(jnp.tril(ratio, -1)) < 1 / eps)
+        return (state, out.rows, product(unit, step), new_d, roundoff + nats, is_sorted), None
 
     ones = logscaled.rescale(LogScaled(jnp.ones(block.size, dtype), jnp.zeros(block.size, jnp.int32)))
-    (_, _, unit, d), _ = jax.lax.scan(push, (state, frame, eye, ones), xs)
-    return unit, d
+    start = (state, frame, eye, ones, jnp.zeros(block.size, dtype), jnp.array(True))
+    (_, _, unit, d, roundoff, is_sorted), _ = jax.lax.scan(push, start, xs)
+    finite = state_is_finite(run)
+    nonfinite_step = jnp.where(jnp.all(finite), -1, jnp.argmin(finite)).astype(jnp.int32)
+    return unit, d, roundoff, is_sorted, nonfinite_step
 
 
 def _rotate(left: LogScaled, right: LogScaled) -> tuple[LogScaled, LogScaled, Array]:
@@ -128,11 +150,14 @@ def _rotate(left: LogScaled, right: LogScaled) -> tuple[LogScaled, LogScaled, Ar
 
 
 @jax.jit
-def log_singular_values(rows: LogScaled) -> ChainSingularValues:
+def log_singular_values(rows: LogScaled) -> SingularValues:
     """Returns the singular values of a matrix whose rows have scales of their own, by one-sided Jacobi.
 
     Args:
-      rows: mantissa (n, m) and exponent (n,), one for each row.
+      rows: mantissa (n, m), n ≤ m, and exponent (n,), one for each row.
+
+    Raises:
+      ValueError: more rows than columns.
 
     >>> import jax.numpy as jnp
     >>> from rnngrad.logscaled import LogScaled
@@ -141,7 +166,9 @@ def log_singular_values(rows: LogScaled) -> ChainSingularValues:
     >>> print(log_singular_values(rows).log_singular_values)  # log √2, and log(2^-1000 / √2)
     [   0.346... -693.49...]
     """
-    n = rows.exponent.shape[0]
+    n, m = rows.mantissa.shape
+    if n > m:
+        raise ValueError(f"rows: expected at most as many rows as columns, found shape {(n, m)}")
     if n % 2:
         # a row of zeros makes the number of rows even and stays apart from all rotations
         rows = LogScaled(jnp.pad(rows.mantissa, ((0, 1), (0, 0))), jnp.pad(rows.exponent, (0, 1)))
@@ -178,7 +205,7 @@ def log_singular_values(rows: LogScaled) -> ChainSingularValues:
     rows, worst, count = jax.lax.while_loop(goes_on, sweep, start)
     log_length = logscaled.log_norm(LogScaled(rows.mantissa[:, None, :], rows.exponent))
     values = jnp.flip(jnp.sort(log_length))[:n]
-    return ChainSingularValues(values, count, worst <= tolerance)
+    return SingularValues(values, count, (worst <= tolerance) & ~jnp.any(jnp.isnan(values)))
 
 
 def chain_singular_values(cell: Cell, params: Params, state: State, xs: Any) -> ChainSingularValues:
@@ -209,7 +236,13 @@ def chain_singular_values(cell: Cell, params: Params, state: State, xs: Any) -> 
     check_finite(params, state, xs)
     layout = layout_of(state)
     block = Block(layout, layout.block(None))
-    unit, d = _graded(cell, params, state, xs, block=block)
+    unit, d, roundoff, is_sorted, nonfinite_step = _graded(cell, params, state, xs, block=block)
     # the columns of U D, as rows
-    columns = LogScaled(unit.T * d.mantissa[:, None], d.exponent)
-    return log_singular_values(columns)
+    found = log_singular_values(LogScaled(unit.T * d.mantissa[:, None], d.exponent))
+    is_broken = nonfinite_step >= 0
+    return ChainSingularValues(
+        jnp.where(is_broken, jnp.nan, found.log_singular_values),
+        jnp.where(is_broken, jnp.nan, roundoff),
+        found.converged & is_sorted & ~is_broken,
+        nonfinite_step,
+    )

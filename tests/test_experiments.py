@@ -22,7 +22,7 @@ import rnngrad as rg
 from experiments import command, results, retention
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["retention"]
+NAMES = ["retention", "bounds", "gain_transition", "lyapunov_gates"]
 STORED = ROOT / "experiments" / "results"
 
 TINY = dataclasses.replace(
@@ -143,6 +143,18 @@ def test_readme_example_runs(capsys):
     assert int(death) > 0
     assert certificate.startswith("Certificate(dtype='float32'")
     assert float(rate) < 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_claim_map_holds_the_verdict_of_the_stored_result(name):
+    """Line by line; `--show` prints the same."""
+    text = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    module = importlib.import_module(f"experiments.{name}")
+    stored = results.load(STORED / f"{name}.nc", experiment=name)
+    for line in command.markdown(module.verdict(stored)):
+        assert line in text
+    assert module.summary(stored) in text
+    assert stored.attrs["command"] in text
 
 
 def test_claim_map_states_the_numbers_of_the_stored_result():

@@ -75,14 +75,14 @@ def test_experiments_and_benchmarks_use_public_names(folder):
 
 
 def test_time_scans_live_in_their_rooms():
-    """Loops stand in the run, its chains, the frames that go along, and the chunks and Newton steps of `parallel`."""
+    """Loops stand in the run, its chains, frames that go along, and the iterations of a few others."""
     users = {
         _room(file)
         for file in MODULES
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in ("scan", "while_loop", "fori_loop")
     }
-    assert users <= {"unroll", "jacobians", "lyapunov", "singular_values", "parallel"}
+    assert users <= {"unroll", "jacobians", "lyapunov", "singular_values", "probes", "parallel"}
 
 
 def test_every_room_is_in_the_list():

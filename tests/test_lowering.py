@@ -37,8 +37,30 @@ def test_retention_lowers(name):
         lambda c, *a: rg.gradient_paths(c, *a, max_crossings=2),
         lambda c, *a: rg.prefix_products(rg.step_jacobians(c, *a)),
         lambda c, *a: jax.grad(lambda p: rg.retention(c, p, *a[1:]).log_norm[-1])(a[0]),
+        lambda c, *a: rg.lyapunov_spectrum(c, *a, num_blocks=2),
+        lambda c, *a: rg.lyapunov_spectrum(c, *a, num_blocks=2, direction="adjoint", k=1).exponents,
+        lambda c, *a: rg.covariant_vectors(c, *a, num_transient=1).vectors,
+        lambda c, *a: rg.chain_singular_values(c, *a).log_singular_values,
+        lambda c, *a: rg.probe_retention(c, *a, jax.random.key(0), num_probes=4).high,
+        lambda c, *a: rg.probe_spectral_norm(c, *a, jax.random.key(0)).high,
     ],
-    ids=["unroll", "chain", "step_jacobians", "remainder", "only", "naive", "paths", "prefix", "gradient"],
+    ids=[
+        "unroll",
+        "chain",
+        "step_jacobians",
+        "remainder",
+        "only",
+        "naive",
+        "paths",
+        "prefix",
+        "gradient",
+        "spectrum",
+        "adjoint",
+        "covariant",
+        "singular",
+        "probes",
+        "probed_spectral_norm",
+    ],
 )
 def test_every_measurement_lowers(function):
     ex = example("lstm")
@@ -61,3 +83,6 @@ def test_chains_multiply_at_highest_precision_and_states_at_the_users():
     assert chain.count("DEFAULT") == 2
     assert chain.count("HIGHEST") >= 2
     assert _precisions(rg.prefix_products, rg.step_jacobians(*ex)).count("DEFAULT") == 0
+    spectrum = _precisions(lambda *a: rg.lyapunov_spectrum(ex.cell, *a, num_blocks=2).exponents, *ex[1:])
+    assert spectrum.count("DEFAULT") == 2
+    assert spectrum.count("HIGHEST") >= 10

@@ -254,6 +254,7 @@ def test_a_state_that_is_not_finite_is_reported():
     found = probes.probe_spectral_norm(cell, None, jnp.full(8, 1e10), jnp.zeros((6, 0)), jax.random.key(0))
     assert np.isnan(found.low)
     assert np.isnan(found.high)
+    assert int(found.nonfinite_step) == int(curve.nonfinite_step) >= 0
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ def test_every_singular_value_of_a_long_chain(x64, make, num_steps):
     np.testing.assert_allclose(found.log_singular_values, expected, atol=1e-10)
     np.testing.assert_allclose(found.log_condition_number, expected[0] - expected[-1], atol=1e-10)
     assert found.converged
+    assert (found.roundoff < 1e-8).all()
     if num_steps > 1:
         # the plain product has lost them: it reports 1/eps at best
         plain = np.linalg.svd(rg.logscaled.to_array(rg.jacobian_chain(cell, params, cell.init_state(), xs)))[1][0]
@@ -79,6 +80,35 @@ def test_singular_chain():
     assert np.isneginf(found.log_singular_values[-1])
     assert np.isfinite(found.log_singular_values[:2]).all()
     assert np.isposinf(found.log_condition_number)
+
+
+def test_triangular_chain_whose_directions_change_places():
+    """Found unsorted from the identity: first e^±100 one way, then a shear, then e^±25 the other."""
+    first = np.diag(np.exp([-1.0, 1.0])).astype(np.float32)
+    shear = np.array([[1.0, 0.0], [1.0, 1.0]], np.float32)
+    xs = jnp.asarray(np.stack([first] * 100 + [shear] + [first] * 25))
+    found = rg.chain_singular_values(rg.map_cell(lambda s, x: x @ s), None, jnp.zeros(2), xs)
+    expected = exact(np.asarray(xs))
+    assert found.converged
+    np.testing.assert_allclose(found.log_singular_values, expected, atol=1e-2)
+
+
+def test_what_cannot_be_right_is_flagged():
+    growing = rg.map_cell(lambda s, x: s * s)
+    broken = rg.chain_singular_values(growing, None, jnp.full(3, 1e10), jnp.zeros((10, 0)))
+    assert not broken.converged
+    assert int(broken.nonfinite_step) == 2  # 1e10, 1e20, 1e40
+    assert np.isnan(broken.log_singular_values).all()
+    xs = jax.random.normal(jax.random.key(0), (30, 3, 3)).at[:, :, 2].set(0.0)
+    xs = xs.at[:, :, 2].set(xs[:, :, 0] + xs[:, :, 1])  # rank 2, but for rounding
+    lost = rg.chain_singular_values(rg.map_cell(lambda s, x: x @ s), None, jnp.zeros(3), xs)
+    assert np.isposinf(lost.roundoff[-1])
+    assert np.isfinite(lost.roundoff[:2]).all()
+
+
+def test_more_rows_than_columns():
+    with pytest.raises(ValueError, match=r"expected at most as many rows as columns, found shape \(3, 1\)"):
+        log_singular_values(LogScaled(jnp.ones((3, 1)), jnp.zeros(3, jnp.int32)))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (2, 2), (3, 5), (8, 8), (9, 9)])
