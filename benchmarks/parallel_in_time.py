@@ -29,9 +29,10 @@ def _pairs(cell: rg.Cell, num_steps: int, *, chain: bool) -> tuple[Callable[[], 
     """Returns the two functions to compare, the parallel one first; both return arrays of one structure."""
     params, state = cell.init(jax.random.key(0)), cell.init_state()
     xs = jax.random.normal(jax.random.key(1), (num_steps, cell.input_size or 0))
+    functions: tuple[Callable[..., Any], Callable[..., Any]]
     if chain:
         functions = (
-            lambda params, xs: rg.parallel_retention(cell, params, state, xs),
+            lambda params, xs: rg.parallel_retention(cell, params, state, xs).log_norm,
             lambda params, xs: rg.retention(cell, params, state, xs).log_norm,
         )
     else:

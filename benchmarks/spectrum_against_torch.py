@@ -9,6 +9,7 @@ It needs PyTorch, which is no dependency of this project: ``pip install torch==2
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -87,7 +88,7 @@ def run(*, smoke: bool = False) -> list[Row]:
     ours = lambda: rg.lyapunov_spectrum(cell, params, state, xs, num_blocks=10)
     functions: dict[str, Callable[[], Any]] = {"rnngrad": ours}
     for label, step in (("torch.func", by_torch_func), ("by hand", by_hand)):
-        functions[label] = lambda step=step: torch_spectrum(step, weights, inputs)
+        functions[label] = functools.partial(torch_spectrum, step, weights, inputs)
         # two frames that start apart: O(1) nats over the run for each exponent, and nothing for their sum
         np.testing.assert_allclose(ours().exponents, functions[label](), atol=20 / num_steps)
         np.testing.assert_allclose(ours().exponents.sum(), functions[label]().sum(), rtol=1e-3)

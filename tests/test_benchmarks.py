@@ -48,6 +48,14 @@ def test_stored_results_say_where_they_come_from(name):
     assert all(row["benchmark"] == name for row in stored["rows"])
 
 
+@pytest.mark.parametrize("name", [name for name in command_line.NAMES if name != "parallel_in_time"])
+def test_readme_shows_the_stored_numbers(name):
+    readme = (STORED.parent.parent / "README.md").read_text(encoding="utf-8")
+    for row in json.loads((STORED / f"{name}.json").read_text(encoding="utf-8"))["rows"]:
+        low, high = row["spread"]
+        assert f"| {row['what']} | {row['value']:.2f} | {low:.2f} – {high:.2f} | {row['bound']} |" in readme
+
+
 def test_command_line_writes_one_file_per_benchmark(tmp_path, capsys):
     config = command_line.Config(names=("chain_against_matmul",), smoke=True, out=tmp_path / "b")
     command_line.main(config)

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "rnngrad"
 
 # From the ground up; a module may import those of earlier lines, and cells one another's pieces.
 ROOMS = [
-    {"types", "logscaled", "orthonormal"},
-    {"initializers", "theory"},
+    {"types", "logscaled"},
+    {"initializers", "theory", "orthonormal"},
     {"cells"},
     {"unroll"},
     {"jacobians"},
