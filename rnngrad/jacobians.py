@@ -299,8 +299,11 @@ def advance_for(kind: str) -> Callable[[StepPulls, Any], Any]:
 
 
 def real_dtype(state: State) -> np.dtype:
-    """Returns the floating dtype of a state; that of the parts for a complex one."""
-    return jnp.finfo(jax.tree.leaves(state)[0].dtype).dtype
+    """Returns the floating dtype that a state is computed in; that of the parts for a complex one.
+
+    NumPy's float64 becomes float32 on its way into JAX unless 64 bits are enabled.
+    """
+    return jax.dtypes.canonicalize_dtype(jnp.finfo(jax.tree.leaves(state)[0].dtype).dtype)
 
 
 def identity_rows(layout: Layout, dtype: np.dtype, of: str | None) -> Rows:

@@ -84,9 +84,7 @@ def certificate(dtype: Any) -> Certificate:
     backend = jax.default_backend()
     info = np.finfo(np.float32)
     smallest = info.smallest_subnormal if backend == "gpu" else info.tiny
-    # NumPy's float64 becomes float32 on its way into JAX unless 64 bits are enabled
-    name = jax.dtypes.canonicalize_dtype(dtype).name
-    return Certificate(name, MATMUL_PRECISION, backend, float(np.log(smallest)))
+    return Certificate(jnp.dtype(dtype).name, MATMUL_PRECISION, backend, float(np.log(smallest)))
 
 
 def _sizes(chain: LogScaled, *, norm: str) -> tuple[Array, Array, Array]:

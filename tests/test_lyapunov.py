@@ -421,6 +421,15 @@ def test_gradient_beside_dead_units():
         np.testing.assert_allclose(other, leaf, rtol=1e-3, atol=1e-5)
 
 
+def test_certificate_names_the_dtype_that_was_computed_in():
+    """NumPy arrays of float64 become float32 on their way in."""
+    cell, params, state, xs = lstm_run(3, 40)
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, state, xs))
+    spectrum = rg.lyapunov_spectrum(cell, *wide, k=1)
+    assert spectrum.certificate.dtype == spectrum.exponents.dtype.name == "float32"
+    assert rg.retention(cell, *wide).certificate.dtype == "float32"
+
+
 # --- standard errors, convergence, dimensions ------------------------------------------------------------------------
 
 
