@@ -17,3 +17,14 @@ def x64():
     """Runs the test with float64 enabled."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+    """Frees what a module compiled.
+
+    Every program on a CPU takes a few memory maps, of which Linux grants a process 65,530; a worker that keeps those of
+    the whole suite dies in the compiler.
+    """
+    yield
+    jax.clear_caches()
