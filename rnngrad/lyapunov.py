@@ -572,8 +572,8 @@ def lyapunov_spectrum(
     >>> import rnngrad as rg
     >>> cat = rg.map_cell(lambda s, x: jnp.array([[2.0, 1.0], [1.0, 1.0]]) @ s % 1.0)
     >>> spectrum = rg.lyapunov_spectrum(cat, None, jnp.array([0.1, 0.2]), jnp.zeros((400, 0)), num_transient=40)
-    >>> print(spectrum.exponents.round(4))
-    [ 0.9624 -0.9624]
+    >>> [round(float(exponent), 4) for exponent in spectrum.exponents]
+    [0.9624, -0.9624]
     """
     num_steps = check_inputs(cell, params, state, xs, one_sequence=True)
     check_finite(params, state, xs)
