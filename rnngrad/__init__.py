@@ -20,7 +20,7 @@ from rnngrad.retention import (
 )
 from rnngrad.singular_values import ChainSingularValues, chain_singular_values
 from rnngrad.types import Cell, Trajectory
-from rnngrad.unroll import unroll
+from rnngrad.unroll import Taps, unroll, zero_taps
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ __all__ = [
     "ProbedCurve",
     "ProbedSpectralNorm",
     "RetentionCurve",
+    "Taps",
     "Trajectory",
     "cells",
     "certificate",
@@ -64,4 +65,5 @@ __all__ = [
     "tasks",
     "theory",
     "unroll",
+    "zero_taps",
 ]

@@ -131,8 +131,8 @@ def describe(leaf: Any) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _expected(cell: Cell, batch_shape: tuple[int, ...]) -> tuple[Any, Any]:
-    """Returns the shapes of ``cell.init`` and ``cell.init_state`` without drawing anything; the same at every call."""
+def expected_of(cell: Cell, batch_shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """Returns params and state of a cell as shapes, without drawing anything; the same at every call."""
     params = jax.eval_shape(cell.init, jax.random.key(0))
     state = jax.eval_shape(lambda: cell.init_state(batch_shape))
     return params, state
@@ -189,7 +189,7 @@ def check_inputs(cell: Cell, params: Params, state: State, xs: Any, *, one_seque
                 f"xs: expected one sequence of shape (T, D={cell.input_size}), found {shape}; "
                 "use jax.vmap over the batch axis"
             )
-        expected_params, expected_state = _expected(cell, batch_shape)
+        expected_params, expected_state = expected_of(cell, batch_shape)
         check_like(params, expected_params, what="params", hint=f" (cell {cell.name!r})")
         check_like(state, expected_state, what="state", hint=f" (cell {cell.name!r}, xs of shape {shape})")
 
