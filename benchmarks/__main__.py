@@ -25,6 +25,8 @@ Name = Literal[
     "probes_against_bptt",
     "spectrum_against_chain",
     "spectrum_against_torch",
+    "training_step",
+    "training_step_against_torch",
 ]
 NAMES: tuple[Name, ...] = get_args(Name)
 

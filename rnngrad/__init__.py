@@ -2,6 +2,15 @@
 
 from rnngrad import cells, initializers, logscaled, tasks, theory
 from rnngrad.cells.map import map_cell
+from rnngrad.gradients import (
+    ForwardGradient,
+    GradientFlow,
+    StateCotangents,
+    TruncatedGradient,
+    bptt,
+    rtrl,
+    truncated_bptt,
+)
 from rnngrad.init_report import InitReport, init_report
 from rnngrad.jacobians import gate_names, jacobian_chain, prefix_products, step_jacobians
 from rnngrad.logscaled import LogScaled
@@ -29,6 +38,8 @@ __all__ = [
     "Certificate",
     "ChainSingularValues",
     "CovariantVectors",
+    "ForwardGradient",
+    "GradientFlow",
     "GradientPaths",
     "InitReport",
     "LogScaled",
@@ -37,8 +48,11 @@ __all__ = [
     "ProbedCurve",
     "ProbedSpectralNorm",
     "RetentionCurve",
+    "StateCotangents",
     "Taps",
     "Trajectory",
+    "TruncatedGradient",
+    "bptt",
     "cells",
     "certificate",
     "chain_singular_values",
@@ -61,9 +75,11 @@ __all__ = [
     "probe_retention",
     "probe_spectral_norm",
     "retention",
+    "rtrl",
     "step_jacobians",
     "tasks",
     "theory",
+    "truncated_bptt",
     "unroll",
     "zero_taps",
 ]

@@ -14,8 +14,8 @@ s_t by the direct path, what reaches it through the gates, and ∂L/∂z_t.  The
     ṡ_{t+1} = ∂update/∂z · ż_t + ∂update/∂s · ṡ_t
 
 which is the forward mode as it stands.  Transposed by JAX it is back-propagation through time whose reverse scan
-moves nothing but cotangents; the weights' gradient is one product after it, of every ∂L/∂z_t with every [h_t, x_t], over
-time and batch together.  States and pre-activations are kept from the forward pass; what ``update`` makes of them is
+moves nothing but cotangents; the weights' gradient is one product after it, of every ∂L/∂z_t with every [h_t, x_t],
+over time and batch together.  States and pre-activations are kept from the forward pass; what ``update`` makes of them is
 computed again.  Both modes, ``vmap`` and higher derivatives come from this one rule.
 
 Where z is affine in the state (found out from the program of ``preactivate``, not declared), the inputs' share of every
@@ -189,14 +189,35 @@ def _push_preactivate(cell: Cell, params: Params, state: State, x: Any, tangent:
     return jax.jvp(lambda s: cell.preactivate(params, s, x), (state,), (tangent,))
 
 
+_TRUE_TO_THEIR_DERIVATIVE = frozenset(
+    "add broadcast_in_dim concatenate convert_element_type copy div dot_general mul neg pad reduce_sum reshape rev "
+    "select_n slice split squeeze sub transpose".split()
+)
+"""What ``preactivate`` may do to the state for its derivative to tell all: ``stop_gradient`` or a rule of the user's
+would hide a dependence."""
+
+
 @functools.lru_cache(maxsize=256)
 def reads_state_affinely(cell: Cell) -> bool:
-    """Returns whether ∂z/∂s is the same at every state and input: then z(s, x) = z(0, x) + ∂z/∂s · s."""
+    """Returns whether z(s, x) = z(0, x) + ∂z/∂s · s with the same ∂z/∂s at every state and input.
+
+    Read off the programs of ``preactivate`` and of its derivative; where they do not tell, the answer is False.
+    """
     if cell.input_size is None:
         return False
     params, state, x, _ = _shapes(cell)
     push = lambda state, x, params, tangent: _push_preactivate(cell, params, state, x, tangent)[1]
-    return not _uses(push, (state, x), (params, state))
+    if _uses(push, (state, x), (params, state)):
+        return False
+    program = jax.make_jaxpr(cell.preactivate)(params, state, x).jaxpr
+    first = len(jax.tree.leaves(params))
+    depends = set(program.invars[first : first + len(jax.tree.leaves(state))])
+    for equation in program.eqns:
+        if depends.intersection(var for var in equation.invars if isinstance(var, Var)):
+            if equation.primitive.name not in _TRUE_TO_THEIR_DERIVATIVE:
+                return False
+            depends.update(equation.outvars)
+    return True
 
 
 @functools.lru_cache(maxsize=256)
