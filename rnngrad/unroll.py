@@ -15,8 +15,8 @@ s_t by the direct path, what reaches it through the gates, and ∂L/∂z_t.  The
 
 which is the forward mode as it stands.  Transposed by JAX it is back-propagation through time whose reverse scan
 moves nothing but cotangents; the weights' gradient is one product after it, of every ∂L/∂z_t with every [h_t, x_t],
-over time and batch together.  States and pre-activations are kept from the forward pass; what ``update`` makes of them is
-computed again.  Both modes, ``vmap`` and higher derivatives come from this one rule.
+over time and batch together.  States and pre-activations are kept from the forward pass; what ``update`` makes of them
+is computed again.  Both modes, ``vmap`` and higher derivatives come from this one rule.
 
 Where z is affine in the state (found out from the program of ``preactivate``, not declared), the inputs' share of every
 z_t is one product before the forward scan.  A map without declared inputs is differentiated as JAX finds it.
