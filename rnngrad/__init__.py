@@ -1,6 +1,6 @@
 """rnngrad: how far back a recurrent network's gradient reaches, along which paths, and why it fades."""
 
-from rnngrad import cells, initializers, logscaled, tasks, theory
+from rnngrad import cells, formulas, initializers, logscaled, losses, remedies, tasks, theory, training
 from rnngrad.cells.map import map_cell
 from rnngrad.gradients import (
     ForwardGradient,
@@ -14,6 +14,7 @@ from rnngrad.gradients import (
 from rnngrad.init_report import InitReport, init_report
 from rnngrad.jacobians import gate_names, jacobian_chain, prefix_products, step_jacobians
 from rnngrad.logscaled import LogScaled
+from rnngrad.losses import Readout, ReadoutParams, readout
 from rnngrad.lyapunov import CovariantVectors, LyapunovSpectrum, covariant_vectors, lyapunov_spectrum
 from rnngrad.parallel import ParallelRun, parallel_chain, parallel_retention, parallel_unroll
 from rnngrad.paths import GradientPaths, gradient_paths
@@ -47,6 +48,8 @@ __all__ = [
     "ParallelRun",
     "ProbedCurve",
     "ProbedSpectralNorm",
+    "Readout",
+    "ReadoutParams",
     "RetentionCurve",
     "StateCotangents",
     "Taps",
@@ -58,6 +61,7 @@ __all__ = [
     "chain_singular_values",
     "covariant_vectors",
     "decay_rate",
+    "formulas",
     "gate_names",
     "gradient_paths",
     "half_life",
@@ -65,6 +69,7 @@ __all__ = [
     "initializers",
     "jacobian_chain",
     "logscaled",
+    "losses",
     "lyapunov_spectrum",
     "map_cell",
     "naive_retention",
@@ -74,11 +79,14 @@ __all__ = [
     "prefix_products",
     "probe_retention",
     "probe_spectral_norm",
+    "readout",
+    "remedies",
     "retention",
     "rtrl",
     "step_jacobians",
     "tasks",
     "theory",
+    "training",
     "truncated_bptt",
     "unroll",
     "zero_taps",

@@ -14,7 +14,18 @@ import pytest
 import rnngrad as rg
 from tests.cases import CASES
 
-MODULES = [rg, rg.cells, rg.initializers, rg.logscaled, rg.tasks, rg.theory]
+MODULES = [
+    rg,
+    rg.cells,
+    rg.formulas,
+    rg.initializers,
+    rg.logscaled,
+    rg.losses,
+    rg.remedies,
+    rg.tasks,
+    rg.theory,
+    rg.training,
+]
 
 
 def _public(module):
@@ -62,6 +73,8 @@ def test_names_fixed_by_the_plan_are_there():
         "map_cell",
         "LogScaled",
         "step_jacobians",
+        "bptt",
+        "zero_taps",
     ):
         assert name in rg.__all__
     for name in (
@@ -100,7 +113,8 @@ def test_import_changes_no_configuration_and_needs_no_extra():
     """The package imports without its extras, and leaves JAX's configuration as it found it."""
     code = """
 import sys, jax
-for name in ("xarray", "h5netcdf", "matplotlib", "tyro", "rich", "scipy.stats", "equinox", "pytest"):
+extras = "xarray h5netcdf matplotlib tyro rich scipy.stats equinox pytest sklearn tensorboardX wandb".split()
+for name in extras:
     sys.modules[name] = None
 before = dict(jax.config.values)
 import rnngrad

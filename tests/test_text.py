@@ -1,4 +1,4 @@
-"""Text: loading with digests, downloads that fail in every way, tokens, windows. Needs no network and no data."""
+"""Text: loading with digests, failing downloads, tokens, parts, windows, streams. Needs no network and no data."""
 
 import hashlib
 import io
@@ -13,12 +13,14 @@ from email.message import Message
 from http.client import IncompleteRead
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rnngrad.tasks import Text, Tokens, load_text, sequences, text, tokenize
+from rnngrad.tasks import Text, Tokens, encode, load_text, sequences, split, streams, text, tokenize
 
 DATA = os.environ.get("RNNGRAD_DATA")
 CONTENT = b" a small <unk> text \n it has N lines \n"
@@ -27,6 +29,7 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 PLACES = {
     "ptb:valid": "ptb/ptb.valid.txt",
     "ptb:test": "ptb/ptb.test.txt",
+    "ptb:train": "ptb/ptb.train.txt",
     "tinyshakespeare": "tinyshakespeare/input.txt",
 }
 named = pytest.mark.parametrize("name", PLACES)
@@ -78,11 +81,18 @@ def cache(monkeypatch, tmp_path):
     return tmp_path / "cache" / "rnngrad"
 
 
+def digest_like(entry) -> str:
+    """The digest of CONTENT by the algorithm that the entry uses."""
+    algorithm = entry.digest.split(":")[0]
+    return f"{algorithm}:{hashlib.new(algorithm, CONTENT).hexdigest()}"
+
+
 @pytest.fixture
 def small_files(monkeypatch):
     """Lets CONTENT pass for every public file."""
     for name, entry in text._PUBLIC_FILES.items():
-        monkeypatch.setitem(text._PUBLIC_FILES, name, entry._replace(digest=DIGEST))
+        words = None if entry.num_words is None else len(tokenize(CONTENT.decode()).ids)
+        monkeypatch.setitem(text._PUBLIC_FILES, name, entry._replace(digest=digest_like(entry), num_words=words))
 
 
 def write(path: Path, content: bytes = CONTENT) -> Path:
@@ -213,7 +223,7 @@ def test_empty_file(tmp_path, content, found):
     assert message_of(ValueError, write(tmp_path / "empty.txt", content)).endswith(f"found {found}")
 
 
-@pytest.mark.parametrize("name", ["ptb:train", "ptb:", ""])
+@pytest.mark.parametrize("name", ["ptb:dev", "ptb:", ""])
 def test_unknown_split(name):
     message = message_of(ValueError, name)
     assert message.endswith(f"found {name!r}")
@@ -266,7 +276,7 @@ def test_data_dir_without_the_file_downloads_nothing(tmp_path, server, cache, sm
         folder.mkdir()
     message = message_of(FileNotFoundError, name, data_dir=str(folder))
     assert str(folder / PLACES[name]) in message
-    assert DIGEST in message
+    assert text._PUBLIC_FILES[name].digest in message
     assert text._PUBLIC_FILES[name].url in message
     assert not server.requests
 
@@ -280,9 +290,22 @@ def test_wrong_digest_on_disk(tmp_path, monkeypatch, cache, server, name, by):
         monkeypatch.setenv("RNNGRAD_DATA", str(folder))
     message = message_of(ValueError, name, data_dir=folder if by == "data_dir" else None)
     assert str(path) in message
-    assert f"expected sha256 {text._PUBLIC_FILES[name].digest}, found {DIGEST}" in message
+    entry = text._PUBLIC_FILES[name]
+    assert f"expected {entry.digest}, found {digest_like(entry)}" in message
     assert path.read_bytes() == CONTENT
     assert not server.requests
+
+
+def test_number_of_words_where_the_digest_is_weak(tmp_path, monkeypatch, small_files):
+    """Only the training split relies on an MD5, and it counts its words besides."""
+    weak = {name for name, entry in text._PUBLIC_FILES.items() if not entry.digest.startswith("sha256:")}
+    assert weak == {name for name, entry in text._PUBLIC_FILES.items() if entry.num_words} == {"ptb:train"}
+    entry = text._PUBLIC_FILES["ptb:train"]
+    write(tmp_path / PLACES["ptb:train"])
+    assert load_text("ptb:train", data_dir=tmp_path).digest == DIGEST  # SHA-256, as of every text
+    monkeypatch.setitem(text._PUBLIC_FILES, "ptb:train", entry._replace(num_words=929_589))
+    message = message_of(ValueError, "ptb:train", data_dir=tmp_path)
+    assert message.endswith("is not ptb.train.txt: expected 929589 words, found 10")
 
 
 def test_broken_link_in_the_cache_is_reported(cache, server, small_files):
@@ -381,7 +404,8 @@ def test_wrong_download_is_deleted(cache, server, name):
     server.answer = Response(CONTENT, len(CONTENT))
     message = message_of(ValueError, name)
     entry = text._PUBLIC_FILES[name]
-    for part in (f"expected sha256 {entry.digest}, found {DIGEST}", "deleted", entry.url, str(cache / PLACES[name])):
+    found = digest_like(entry)
+    for part in (f"expected {entry.digest}, found {found}", "deleted", entry.url, str(cache / PLACES[name])):
         assert part in message
     assert not files_below(cache)
 
@@ -580,6 +604,161 @@ def test_sizes_that_make_no_sense(sizes, expected):
         sequences(counting(10), *sizes)
 
 
+# A given vocabulary
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(st.text(min_size=1).filter(lambda string: not string.isspace()), st.sampled_from(["word", "char"]))
+def test_encoding_with_the_own_vocabulary_is_tokenizing(string, level):
+    tokens = tokenize(string, level)
+    encoded = encode(string, tokens.vocabulary, level)
+    np.testing.assert_array_equal(encoded.ids, tokens.ids)
+    assert (encoded.vocabulary, encoded.level, encoded.ids.dtype) == (tokens.vocabulary, level, np.int32)
+
+
+def test_what_the_vocabulary_lacks():
+    with_unknown, without = ("<eos>", "the", "<unk>", "cat"), ("<eos>", "the", "cat")
+    string = "the dog saw the cat\nthe dog"
+    words = [with_unknown[i] for i in encode(string, with_unknown).ids]
+    assert words == "the <unk> <unk> the cat <eos> the <unk> <eos>".split()
+    expected = (
+        "encode: 3 of 9 tokens are not in the vocabulary of 3, and it has no '<unk>' for them: 2 different ones, the "
+        "most frequent 'dog', 2 times"
+    )
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        encode(string, without)
+    with pytest.raises(ValueError, match="no token was named to stand for them"):
+        encode(string, with_unknown, unknown=None)
+    assert encode(string, without, unknown="cat").ids.tolist() == [1, 2, 2, 1, 2, 0, 1, 2, 0]
+    with pytest.raises(ValueError, match=r"1 of 3 tokens are not in the vocabulary of 2.*'é', 1 times"):
+        encode("née", ("e", "n"), "char")
+
+
+def test_vocabulary_with_a_token_twice():
+    with pytest.raises(ValueError, match="expected a vocabulary of different tokens, found 1 twice"):
+        encode("a", ("a", "b", "a", "<eos>"))
+
+
+def test_nothing_to_encode():
+    with pytest.raises(ValueError, match="encode: expected text, found nothing"):
+        encode(" ", ("a",))
+    with pytest.raises(ValueError, match="unknown level 'byte'"):
+        encode("a", ("a",), "byte")
+
+
+# Parts
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(40, 300), st.sampled_from(["all", "first"]))
+def test_parts_make_the_whole(shares, size, vocabulary):
+    string = "".join("abcde"[i * i % 5] for i in range(size)) + "<"
+    tokens = tokenize(string, "char")
+    fractions = tuple(share / sum(shares) for share in shares)
+    # "b" is the second token and every first part has two, so that it can stand for what that part lacks
+    parts = split(tokens, fractions, vocabulary=vocabulary, unknown="b")
+    assert sum(len(part.ids) for part in parts) == size + 1
+    for end, part in zip(np.cumsum(shares), np.split(np.arange(size + 1), _ends(parts)), strict=True):
+        assert part[-1] + 1 == (size + 1) * end // sum(shares)  # the same by whole numbers
+    words = [part.vocabulary[i] for part in parts for i in part.ids]
+    known = set(parts[0].vocabulary)
+    assert "".join(words) == "".join(token if token in known else "b" for token in string)
+    assert len({part.vocabulary for part in parts}) == 1
+    if vocabulary == "all":
+        assert parts[0].vocabulary == tokens.vocabulary
+    else:
+        assert parts[0].vocabulary == tokenize(string[: len(parts[0].ids)], "char").vocabulary
+
+
+def _ends(parts):
+    return np.cumsum([len(part.ids) for part in parts])[:-1]
+
+
+def test_round_off_of_fractions_costs_no_token():
+    assert 0.7 + 0.1 < 0.8
+    parts = split(counting(10), (0.7, 0.1, 0.2))
+    assert [part.ids.tolist() for part in parts] == [list(range(7)), [7], [8, 9]]
+
+
+def test_what_the_first_part_lacks():
+    tokens = tokenize("a b a b\nb c")
+    with pytest.raises(ValueError, match=r"split: 1 of 3 tokens are not in the vocabulary of 3.*'c', 1 times"):
+        split(tokens, (0.7, 0.3), vocabulary="first")
+    _, valid = split(tokens, (0.7, 0.3), vocabulary="first", unknown="a")
+    assert [valid.vocabulary[i] for i in valid.ids] == ["b", "a", "<eos>"]
+
+
+@pytest.mark.parametrize("fractions", [(), (0.9,), (0.9, 0.2), (1.1, -0.1), (1.0, 0.0), (float("nan"), 0.5)])
+def test_fractions_that_are_none(fractions):
+    with pytest.raises(ValueError, match="expected positive fractions that sum to 1, found"):
+        split(counting(100), fractions)
+
+
+def test_empty_part():
+    with pytest.raises(ValueError, match=re.escape("split: part 1 of 2, 0.05 of 10 tokens (level 'word'), is empty")):
+        split(counting(10), (0.05, 0.95))
+    with pytest.raises(ValueError, match="unknown vocabulary 'train'; expected 'all' or 'first'"):
+        split(counting(10), vocabulary="train")
+
+
+# Streams
+
+
+@settings(deadline=None, max_examples=20)  # every shape compiles
+@given(st.data())
+def test_streams_tell_the_text_in_order(data):
+    batch_size, num_steps = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 9))
+    size = data.draw(st.integers(batch_size * (num_steps + 1), 200))
+    windows = streams(counting(size).ids, batch_size, num_steps)
+    epoch = [windows.batch(index) for index in range(windows.num_windows)]
+    inputs = np.concatenate([batch.inputs for batch in epoch])
+    targets = np.concatenate([batch.targets for batch in epoch])
+    assert inputs.dtype == targets.dtype == np.int32
+    assert inputs.shape == (windows.num_windows * num_steps, batch_size)
+    length = size // batch_size
+    start = length * np.arange(batch_size)
+    np.testing.assert_array_equal(inputs, start + np.arange(len(inputs))[:, None])
+    np.testing.assert_array_equal(targets, inputs + 1)
+    assert all((np.asarray(batch.mask) == 1).all() and batch.mask.shape == (num_steps, batch_size) for batch in epoch)
+    # less than a window is left over in each stream, and less than a token for each at the end
+    assert 0 <= length - 1 - len(inputs) < num_steps
+    for index in range(3 * windows.num_windows):
+        assert windows.restarts(index) == (index % windows.num_windows == 0)
+        again = windows.batch(index)
+        np.testing.assert_array_equal(again.inputs, epoch[index % windows.num_windows].inputs)
+
+
+def test_streams_by_hand():
+    """Five tokens in each of two streams of 11, the last one over; T = 2 gives two windows."""
+    windows = streams(counting(11).ids, 2, 2)
+    assert windows.num_windows == 2
+    assert np.asarray(windows.batch(1).inputs).T.tolist() == [[2, 3], [7, 8]]
+    assert np.asarray(windows.batch(1).targets).T.tolist() == [[3, 4], [8, 9]]
+
+
+def test_jitted_streams_are_the_same():
+    windows = streams(counting(50).ids, 3, 4)
+    batch, restarts = jax.jit(windows.batch), jax.jit(windows.restarts)
+    for index in range(9):
+        for found, expected in zip(batch(jnp.int32(index)), windows.batch(index), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        assert bool(restarts(jnp.int32(index))) == windows.restarts(index)
+    assert batch._cache_size() == 1
+
+
+def test_text_too_short_for_streams():
+    assert streams(counting(10).ids, 2, 4).num_windows == 1
+    expected = "streams: 2 of 4 steps need at least 10 tokens, found 9"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        streams(counting(9).ids, 2, 4)
+    with pytest.raises(ValueError, match="found 0"):
+        streams(np.zeros(0, np.int32), 2, 4)
+    with pytest.raises(ValueError, match="streams: expected batch_size of at least 1, found 0"):
+        streams(counting(9).ids, 0, 4)
+    with pytest.raises(ValueError, match="streams: expected num_steps of at least 1, found 0"):
+        streams(counting(9).ids, 1, 0)
+
+
 # The files themselves
 
 
@@ -591,3 +770,42 @@ def test_numbers_of_tokens(name, words, server):
     assert len(tokenize(loaded, "word").ids) == words
     assert len(tokenize(loaded, "char").ids) == len(loaded.text)
     assert not server.requests
+
+
+# MD5 of the three splits as torchtext publishes them: those of the two files that are here say that its files are ours.
+TORCHTEXT_MD5 = {
+    "ptb:train": "f26c4b92c5fdc7b3f8c7cdcb991d8420",
+    "ptb:valid": "aa0affc06ff7c36e977d7cd49e3839bf",
+    "ptb:test": "8b80168b89c18661a38ef683c0dc3721",
+}
+
+
+def test_training_split_goes_by_the_published_md5():
+    assert text._PUBLIC_FILES["ptb:train"].digest == f"md5:{TORCHTEXT_MD5['ptb:train']}"
+
+
+@pytest.mark.skipif(not DATA, reason="RNNGRAD_DATA names no folder with the public texts")
+@pytest.mark.parametrize("name", ["ptb:valid", "ptb:test"])
+def test_the_published_md5_are_those_of_our_files(name):
+    raw = Path(DATA, PLACES[name]).read_bytes()
+    assert hashlib.md5(raw, usedforsecurity=False).hexdigest() == TORCHTEXT_MD5[name]
+
+
+@pytest.mark.skipif(not DATA, reason="RNNGRAD_DATA names no folder with the public texts")
+def test_tinyshakespeare_ninety_ten():
+    """1,115,394 characters, 65 different ones: the usual cut is at ⌊0.9 · 1,115,394⌋ = 1,003,854."""
+    train, valid = split(tokenize(load_text("tinyshakespeare", data_dir=DATA), "char"))
+    assert (len(train.ids), len(valid.ids), len(train.vocabulary)) == (1_003_854, 111_540, 65)
+
+
+@pytest.mark.skipif(not DATA, reason="RNNGRAD_DATA names no folder with the public texts")
+def test_penn_treebank_test_split_in_words_of_the_validation_split():
+    valid, loaded = tokenize(load_text("ptb", data_dir=DATA)), load_text("ptb:test", data_dir=DATA)
+    encoded = encode(loaded, valid.vocabulary)
+    assert len(encoded.ids) == 82_430
+    words = tokenize(loaded)
+    known = set(valid.vocabulary)
+    expected = [word if word in known else "<unk>" for word in (words.vocabulary[i] for i in words.ids)]
+    assert [encoded.vocabulary[i] for i in encoded.ids] == expected
+    with pytest.raises(ValueError, match=f"of 82430 tokens are not in the vocabulary of {len(known)}"):
+        encode(loaded, valid.vocabulary, unknown=None)
