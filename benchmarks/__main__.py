@@ -21,6 +21,7 @@ Name = Literal[
     "chain_against_alternatives",
     "chain_against_matmul",
     "million_steps",
+    "monitor_overhead",
     "parallel_in_time",
     "probes_against_bptt",
     "spectrum_against_chain",

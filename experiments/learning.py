@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import matplotlib
 import matplotlib.figure
+import matplotlib.layout_engine
 import numpy as np
 import optax
 import rich.console
@@ -202,7 +203,7 @@ def train(
     title: str,
     screen: rich.console.Console,
     patience: int | None = None,
-    restart_at: Callable[[int], bool] | None = None,
+    restart_at: Callable[[int], Any] | None = None,
     should_stop: Callable[[Any], bool] | None = None,
 ) -> Trained:
     """Returns the run, after resuming what the folder holds of it; shows a progress bar.
@@ -377,7 +378,7 @@ def last(values: xr.DataArray) -> float:
 
 def last_flow(dataset: xr.Dataset) -> xr.Dataset:
     """Returns what the monitor saw last: at each run's own last measurement."""
-    measured = np.isfinite(dataset["clip_fraction"]).values
+    measured = np.isfinite(dataset["clip_fraction"].values)
     return dataset.isel(flow_update=len(measured) - 1 - int(np.argmax(measured[::-1])))
 
 
@@ -492,9 +493,10 @@ def figure(dataset: xr.Dataset) -> matplotlib.figure.Figure:
     """Returns the figure: learning curve, and per layer retention over lag and update, and the share by gate."""
     layers = dataset["layer"].values.tolist() if "layer" in dataset.coords else []
     height = 4.6 if len(layers) <= 1 else 1.0 + 3.1 * len(layers)
-    drawn = matplotlib.figure.Figure(figsize=(14.0 if layers else 6.0, height), layout="constrained")
+    layout = matplotlib.layout_engine.ConstrainedLayoutEngine(wspace=0.04, hspace=0.06)
+    drawn = matplotlib.figure.Figure(figsize=(14.0 if layers else 6.0, height), layout=layout)
     # the layer nearest to the read-out on top
-    rows = [["curve", f"heat {layer}", f"share {layer}"] for layer in reversed(layers)] or [["curve"]]
+    rows: Any = [["curve", f"heat {layer}", f"share {layer}"] for layer in reversed(layers)] or [["curve"]]
     panels = drawn.subplot_mosaic(rows, width_ratios=[1.0, 1.15, 0.9] if layers else None)
     _curve(panels["curve"], dataset)
     if layers:
@@ -516,7 +518,6 @@ def figure(dataset: xr.Dataset) -> matplotlib.figure.Figure:
             axes.grid(alpha=0.25, linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
     note = f"\nwhite line: where {KEPT:.0%} of the gradient at lag 0 is left" if layers else ""
-    drawn.get_layout_engine().set(wspace=0.04, hspace=0.06)
     drawn.suptitle(f"{dataset.attrs['title']}{note}", fontsize=11)
     return drawn
 

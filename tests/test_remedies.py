@@ -154,6 +154,19 @@ def test_omega_equals_explicit_jacobians(name, x64):
 
 
 @pytest.mark.slow
+def test_omega_counts_complex_numbers_as_real_pairs(x64):
+    """With a map that is not holomorphic: multiplication by λ would not tell a cotangent from its conjugate."""
+    lru, params, state, xs = example("lru", dtype="float64")
+
+    def update(params, z, state):
+        sheared = jax.lax.complex(1.2 * state.h.real + 0.6 * state.h.imag, 0.4 * state.h.imag)
+        return state._replace(h=sheared + z.h), z
+
+    case = (lru._replace(update=update), params, state, xs)
+    assert float(omega_of(*case)) == pytest.approx(omega_by_matrices(*case, loss_of_all), rel=1e-12)
+
+
+@pytest.mark.slow
 def test_omega_of_a_batch_is_the_mean_of_its_sequences(x64):
     cell, params, _, _ = example("gru_after", dtype="float64")
     xs = jax.random.normal(jax.random.key(5), (6, 3, INPUT_SIZE), jnp.float64)

@@ -184,7 +184,8 @@ def test_uniform_draws_every_weight():
         (([cells.lstm(D, N), cells.lstm(N + 1, N)], K), {}, "expects input_size 5"),
         (([cells.lstm(D, N)], 0), {}, "output_size: expected at least 1, found 0"),
         (([cells.lstm(D, N)], K), {"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), found 1.0"),
-        (([cells.lstm(D, N)], K), {"vocabulary_size": 0}, "vocabulary_size: expected at least 1"),
+        (([cells.lstm(D, N)], K), {"vocabulary_size": 0}, "vocabulary_size: expected at least 1, found 0"),
+        (([rg.map_cell(jnp.tanh)], K), {}, "cells that declare their input size"),
         (([cells.lstm(D, N)], K), {"uniform": -1}, "uniform: expected a positive number"),
     ],
 )

@@ -3,8 +3,8 @@
 ::
 
     the cat , which already saw the small dogs near the bird , was full .
-        └────────────────────── distance ──────────────────────┘
-        subject                          attractors              verb
+         └────────────────────── distance ──────────────────────┘
+         subject                                attractors     verb
 
 The grammar, with every word of a class equally likely::
 
@@ -14,7 +14,8 @@ The grammar, with every word of a class equally likely::
     pp        ->  near the ADJECTIVE* NOUN                    near | behind | beside | with
 
 An attractor is any noun of the clause, whatever its number.  Its number differs from the subject's with probability
-``mismatch``: 1/2 by default, so that attractors tell nothing, and 1 for attractors in the sense of Linzen et al.
+``mismatch``: 1/2 by default, so that attractors tell nothing of the subject as any other value would, and 1 for
+attractors in the sense of Linzen et al.
 The distance counts from the subject to the verb; the network answers one step before the verb, distance − 1 steps
 after the subject.  k attractors need a distance of 5 (k = 0) or 4 + 3k at least.  What is left is filled with adverbs
 and adjectives, each before the clause's verb or before one of its nouns, all equally likely.  Verbs of the clause are

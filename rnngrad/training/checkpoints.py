@@ -71,6 +71,10 @@ def _pack(tree: Any) -> np.ndarray:
     return np.concatenate([np.ravel(_as_numpy(leaf)).view(np.uint8) for leaf in jax.tree.leaves(tree)])
 
 
+def _digest(packed: np.ndarray) -> str:
+    return hashlib.sha256(packed.data).hexdigest()
+
+
 def _unpack(packed: np.ndarray, like: Any) -> Any:
     """Returns the tree that :func:`_pack` packed."""
     leaves, structure = jax.tree.flatten(like)
@@ -185,7 +189,7 @@ class Checkpoints:
             "version": _VERSION,
             "config": self.config,
             "shapes": _shapes(tree),
-            "sha256": hashlib.sha256(packed).hexdigest(),
+            "sha256": _digest(packed),
             "standing": dict(standing),
         }
         self.prepare()
@@ -208,7 +212,7 @@ class Checkpoints:
             packed = manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore()))["arrays"][
                 "bytes"
             ]
-        if hashlib.sha256(packed).hexdigest() != meta["sha256"]:
+        if _digest(packed) != meta["sha256"]:
             raise ValueError("its arrays have another SHA-256 than when they were written")
         return Restored(step, _unpack(packed, like), meta["standing"])
 

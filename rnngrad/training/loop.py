@@ -197,11 +197,10 @@ def _jitted_step(model: Model, loss: Loss, optimizer: optax.GradientTransformati
 
         is_finite = jnp.isfinite(whole) & jnp.isfinite(norm)
         goes_on = is_finite & ~state.failed
-        new = (state.step + 1, params, opt_state, final)
-        old = (state.step, state.params, state.opt_state, state.memory)
-        kept = jax.tree.map(functools.partial(jnp.where, goes_on), new, old)
+        new = state._replace(step=state.step + 1, params=params, opt_state=opt_state, memory=final)
+        kept = jax.tree.map(functools.partial(jnp.where, goes_on), new, state)
         clipped = _num_clipped(opt_state) > _num_clipped(state.opt_state)
-        return TrainState(*kept, key=state.key, failed=~goes_on), Metrics(value, norm, clipped, is_finite)
+        return kept._replace(failed=~goes_on), Metrics(value, norm, clipped, is_finite)
 
     return step
 
@@ -432,7 +431,7 @@ def fit(
     batch_at: Callable[[int], Any],
     *,
     num_steps: int,
-    restart_at: Callable[[int], bool] | None = None,
+    restart_at: Callable[[int], bool | Array] | None = None,
     evaluate: Callable[[ModelParams], Mapping[str, float]] | None = None,
     eval_every: int = 100,
     patience: int | None = None,
@@ -503,14 +502,15 @@ def fit(
     update = train_step(model, loss, optimizer, penalty=penalty)
     # a copy, since the step gives its argument away and this one is the caller's
     state = jax.tree.map(jnp.copy, state)
-    contents, standing, resumed_from = {"train": state, "best": state.params}, _Standing(), None
+    contents: dict[str, Any] = {"train": state, "best": state.params}
+    standing, resumed_from = _Standing(), None
     if checkpoints is not None:
         restored = checkpoints.restore(contents)
         if restored is not None:
             contents, standing, resumed_from = restored.tree, _Standing(**restored.standing), restored.step
 
     def starts_anew(at: int) -> Array:
-        return jnp.asarray(restart_at is None or bool(restart_at(at)))
+        return jnp.asarray(True if restart_at is None else restart_at(at))
 
     run = _Run(contents["train"], jax.tree.map(jnp.copy, contents["best"]), standing, logs)
     step, record, asked = int(run.state.step), None, False

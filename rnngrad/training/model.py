@@ -152,11 +152,11 @@ def model(
         raise ValueError(f"output_size: expected at least 1, found {output_size}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), found {dropout}")
-    if vocabulary_size is not None and (vocabulary_size < 1 or cells[0].input_size is None):
-        raise ValueError(
-            f"vocabulary_size: expected at least 1 and a first layer with an input size, found {vocabulary_size} and "
-            f"input_size {cells[0].input_size}"
-        )
+    input_size = cells[0].input_size
+    if input_size is None:
+        raise ValueError(f"layers: expected cells that declare their input size, found {cells[0].name!r}")
+    if vocabulary_size is not None and vocabulary_size < 1:
+        raise ValueError(f"vocabulary_size: expected at least 1, found {vocabulary_size}")
     rate = float(dropout)
     last = cells[-1]
     read = jax.eval_shape(lambda key: last.read(last.init(key), last.init_state()), jax.random.key(0))
@@ -166,7 +166,7 @@ def model(
         key_embedding, key_readout, key_layers, key_uniform = jax.random.split(key, 4)
         embedding = None
         if vocabulary_size is not None:
-            embedding = jax.random.normal(key_embedding, (vocabulary_size, cells[0].input_size), read.dtype)
+            embedding = jax.random.normal(key_embedding, (vocabulary_size, input_size), read.dtype)
         keys = jax.random.split(key_layers, len(cells))
         drawn = ModelParams(
             embedding,

@@ -1,0 +1,88 @@
+"""What the gradient-flow monitor adds to training, at its default interval.
+
+``rg.training.fit`` with and without a monitor, same model, data and optimizer, at the size of a task (adding, T = 100)
+and of Zaremba's small language model.  That both runs end with the same weights, bit for bit, is asserted first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import rnngrad as rg
+from benchmarks.harness import Row, milliseconds, ratio, timed
+
+
+class Problem(NamedTuple):
+    """What ``fit`` needs."""
+
+    name: str
+    model: Any
+    loss: Callable[..., Any]
+    batches: tuple[Any, ...]
+
+
+def adding(num_steps: int, hidden_size: int, batch_size: int) -> Problem:
+    """Returns the adding problem of an LSTM."""
+    task = rg.tasks.adding(num_steps)
+    model = rg.training.model([rg.cells.lstm(2, hidden_size)], 1)
+    batches = tuple(task.batch(jax.random.key(seed), batch_size) for seed in range(4))
+    loss = lambda output, batch: rg.losses.mse(output.outputs, batch.targets, batch.mask)
+    return Problem(f"adding, (B, T, N) = {(batch_size, num_steps, hidden_size)}", model, loss, batches)
+
+
+def language(num_steps: int, hidden_size: int, batch_size: int, vocabulary_size: int) -> Problem:
+    """Returns a two-layer word model on random ids."""
+    model = rg.training.model(
+        [rg.cells.lstm(hidden_size, hidden_size) for _ in range(2)], vocabulary_size, vocabulary_size=vocabulary_size
+    )
+    shape = (num_steps + 1, batch_size)
+    ids = [jax.random.randint(jax.random.key(seed), shape, 0, vocabulary_size, jnp.int32) for seed in range(4)]
+    batches = tuple(rg.tasks.Batch(one[:-1], one[1:], jnp.ones(one[1:].shape)) for one in ids)
+    loss = lambda output, batch: rg.losses.cross_entropy(output.outputs, batch.targets, batch.mask)
+    size = (batch_size, num_steps, hidden_size, vocabulary_size)
+    return Problem(f"language model, 2 layers, (B, T, N, V) = {size}", model, loss, batches)
+
+
+def run(*, smoke: bool = False) -> list[Row]:
+    """Returns the ratio for both, over two intervals of the monitor."""
+    every = 10 if smoke else rg.training.Monitor().every
+    problems = (
+        (adding(10, 4, 2), language(5, 4, 2, 7)) if smoke else (adding(100, 128, 50), language(35, 200, 20, 10_000))
+    )
+    rows = []
+    for problem in problems:
+        optimizer = optax.adam(1e-3)
+        start = rg.training.initial_state(problem.model, optimizer, jax.random.key(0), problem.batches[0].mask.shape[1])
+
+        def train(monitor: Any, problem: Problem = problem, optimizer: Any = optimizer, start: Any = start) -> Any:
+            fitted = rg.training.fit(
+                problem.model,
+                problem.loss,
+                optimizer,
+                start,
+                lambda step: problem.batches[step % len(problem.batches)],
+                # a first measurement comes at step 1: the interval's own is the one at its end
+                num_steps=2 * every,
+                monitor=monitor,
+            )
+            return fitted.state.params
+
+        functions = {
+            "with monitor": lambda train=train: train(rg.training.Monitor(every=every)),
+            "without": lambda train=train: train(None),
+        }
+        both = [jax.tree.leaves(function()) for function in functions.values()]
+        for one, other in zip(*both, strict=True):
+            np.testing.assert_array_equal(one, other)
+        timings = timed(functions, 2 if smoke else 5)
+        value, spread = ratio(timings, "with monitor", "without")
+        details = {"steps": 2 * every, "measurements": 3, "dtype": "float32", "timings": milliseconds(timings)}
+        what = f"time of training with the monitor / without, {problem.name}"
+        rows.append(Row("monitor_overhead", what, value, spread, "≤ 1.05", value <= 1.05, details))
+    return rows
