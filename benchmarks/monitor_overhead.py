@@ -6,6 +6,7 @@ and of Zaremba's small language model.  That both runs end with the same weights
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,9 +74,9 @@ def run(*, smoke: bool = False) -> list[Row]:
             )
             return fitted.state.params
 
-        functions = {
-            "with monitor": lambda train=train: train(rg.training.Monitor(every=every)),
-            "without": lambda train=train: train(None),
+        functions: dict[str, Callable[[], Any]] = {
+            "with monitor": functools.partial(train, rg.training.Monitor(every=every)),
+            "without": functools.partial(train, None),
         }
         both = [jax.tree.leaves(function()) for function in functions.values()]
         for one, other in zip(*both, strict=True):

@@ -98,7 +98,10 @@ def linen_rnn(p: Problem) -> Step:
 
     @jax.jit
     def step(variables):
-        loss = lambda variables: jnp.sum(p.weights * layer.apply({"params": {"cell": variables}}, p.xs))
+        def loss(variables):
+            h: Any = layer.apply({"params": {"cell": variables}}, p.xs)
+            return jnp.sum(p.weights * h)
+
         return jax.value_and_grad(loss)(variables)
 
     def run():
@@ -122,7 +125,8 @@ def nnx_rnn(p: Problem) -> Step:
     assert cell.dense_h.bias is not None
     cell.dense_h.bias[...] = p.params.b
     # the weights apart from keys and counts, which have no gradient
-    graph, weights, rest = nnx.split(nnx.RNN(cell, time_major=True), nnx.Param, ...)
+    graph, *weights_and_rest = nnx.split(nnx.RNN(cell, time_major=True), nnx.Param, ...)
+    weights, rest = weights_and_rest
     zeros = jnp.zeros(p.weights.shape[1:])
 
     @jax.jit

@@ -182,12 +182,12 @@ def _scaled(leaf: Array, exponent: Array) -> LogScaled:
 @functools.partial(jax.jit, static_argnames=("cell",))
 def _flow(cell, params, state, xs, value, local):
     run = run_forward(cell, params, state, xs)
-    reverse = functools.partial(_reverse, cell, params)
+    reverse = lambda points, final, local: _reverse(cell, params, Run(points, final), local)
     batch_axes = xs.ndim - 2 if cell.input_size is not None else 0
     for _ in range(batch_axes):
-        reverse = jax.vmap(reverse, in_axes=(Run(1, 0), 1), out_axes=1)
+        reverse = jax.vmap(reverse, in_axes=(1, 0, 1), out_axes=1)
     with jax.default_matmul_precision(MATMUL_PRECISION):
-        cotangents, (total, gates) = reverse(run, local)
+        cotangents, (total, gates) = reverse(*run, local)
         weights = _weights(cell, params, run, total)
     treedef = jax.tree.structure(state)
     flat = lambda x: LogScaled(x.mantissa[..., 0, :], x.exponent)
@@ -319,7 +319,8 @@ def truncated_bptt(
 
 
 def _inner(a: Params, b: Params) -> Array:
-    return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    products = [jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+    return functools.reduce(jnp.add, products)
 
 
 def _norm(tree: Params) -> Array:

@@ -135,11 +135,11 @@ def unroll(
     in_chunks = lambda leaf: leaf[:whole].reshape((-1, checkpoint_every, *leaf.shape[1:]))
     joined = lambda leaf: leaf.reshape((whole, *leaf.shape[2:]))
     carry, outputs = jax.lax.scan(functools.partial(chunk, params), state, jax.tree.map(in_chunks, (xs, taps)))
-    outputs = jax.tree.map(joined, outputs)
+    states, gates = jax.tree.map(joined, outputs)
     if whole < num_steps:
         carry, rest = chunk(params, carry, jax.tree.map(lambda leaf: leaf[whole:], (xs, taps)))
-        outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, rest)
-    return Trajectory(*outputs, carry)
+        states, gates = jax.tree.map(lambda *parts: jnp.concatenate(parts), (states, gates), rest)
+    return Trajectory(states, gates, carry)
 
 
 def _check_taps(cell: Cell, params: Params, state: State, xs: Any, taps: Taps, num_steps: int) -> None:

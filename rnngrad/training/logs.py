@@ -126,11 +126,15 @@ def jsonl_log(file: Path) -> Log:
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """Returns all records of a JSON-lines log in order; half a line at the end, left by a kill, is not one.
+    r"""Returns all records of a JSON-lines log in order; half a line at the end, left by a kill, is not one.
 
+    >>> import pathlib, tempfile
     >>> import rnngrad as rg
-    >>> rg.training.read_jsonl.__name__
-    'read_jsonl'
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = pathlib.Path(folder) / "records.jsonl"
+    ...     _ = file.write_text('{"kind": "train", "step": 10}\n{"kind": "tr')
+    ...     rg.training.read_jsonl(file)
+    [{'kind': 'train', 'step': 10}]
     """
     return [record for _, record in _lines(file)]
 
