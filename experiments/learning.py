@@ -431,6 +431,8 @@ def _curve(axes: Any, dataset: xr.Dataset) -> None:
             color=_LINES[kind],
             ha="right",
             fontsize=8,
+            zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0},
         )
     if attrs["loss_scale"] == "log":
         axes.set_yscale("log")

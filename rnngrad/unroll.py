@@ -164,8 +164,12 @@ def _forward(cell: Cell, params: Params, state: State, xs: Any, taps: Taps | Non
     """Returns the trajectory and the pre-activations of every step."""
     is_affine = reads_state_affinely(cell)
     if is_affine:
-        zeros = jax.tree.map(jnp.zeros_like, state)
-        zs = jax.vmap(lambda x: cell.preactivate(params, zeros, x))(xs)
+        # one zero state for all steps and sequences: its own product is a single matrix-vector one
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[xs.ndim - 2 :], leaf.dtype), state)
+        at_zero = lambda x: cell.preactivate(params, zeros, x)
+        for _ in range(xs.ndim - 1):
+            at_zero = jax.vmap(at_zero)
+        zs = at_zero(xs)
         share = zs if taps is None else _add(zs, taps.z)
     else:
         share = None if taps is None else taps.z

@@ -135,10 +135,12 @@ def test_readme_shows_the_numbers_of_the_stored_result():
 
 
 def test_readme_example_runs(capsys):
-    """The block of code in the README, as a reader would paste it."""
+    """The blocks of code in the README, as a reader would paste them one after the other."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL):
+        exec(compile(code, "README.md", "exec"), names)
+    assert names["flow"].direct.c.shape == (1000, 128)
     nats, death, certificate, rate = capsys.readouterr().out.splitlines()
     assert float(nats.split()[0]) > float(nats.split()[1])  # the true chain is larger than the direct path
     assert int(death) > 0

@@ -18,6 +18,16 @@ def _lowered(function, *arguments):
     return export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
 
 
+def _last_h(states):
+    return states.h[-1].sum()
+
+
+def _training_gradient(cell, params, state, xs):
+    """Loss, weights' gradients and taps, through a checkpointed run."""
+    run = lambda p, taps: _last_h(rg.unroll(cell, p, state, xs, taps=taps, checkpoint_every=2).states)
+    return jax.value_and_grad(run, argnums=(0, 1))(params, rg.zero_taps(cell, len(xs)))
+
+
 @rows(CASES, fast=("vanilla_tanh", "lru", "stack"))
 def test_retention_lowers(name):
     ex = example(name)
@@ -29,6 +39,10 @@ def test_retention_lowers(name):
     "function",
     [
         lambda c, *a: rg.unroll(c, *a).states,
+        _training_gradient,
+        lambda c, p, s, xs: rg.bptt(c, p, s, xs, _last_h),
+        lambda c, p, s, xs: rg.truncated_bptt(c, p, s, xs, _last_h, window=2),
+        lambda c, p, s, xs: rg.rtrl(c, p, s, xs, _last_h).grads,
         rg.jacobian_chain,
         rg.step_jacobians,
         lambda c, *a: rg.retention(c, *a, path="remainder", norm="spectral").log_norm,
@@ -46,6 +60,10 @@ def test_retention_lowers(name):
     ],
     ids=[
         "unroll",
+        "training",
+        "bptt",
+        "truncated",
+        "rtrl",
         "chain",
         "step_jacobians",
         "remainder",
@@ -77,7 +95,8 @@ def _precisions(function, *arguments):
 def test_chains_multiply_at_highest_precision_and_states_at_the_users():
     """TF32 and bfloat16 passes ruin products; the forward pass is the user's and stays at the default."""
     ex = example("lstm")
-    assert _precisions(lambda *a: rg.unroll(ex.cell, *a).states, *ex[1:]) == ["DEFAULT", "DEFAULT"]
+    # W x for all steps at once, U h in the scan, and U times the zero state
+    assert _precisions(lambda *a: rg.unroll(ex.cell, *a).states, *ex[1:]) == ["DEFAULT"] * 3
     chain = _precisions(lambda *a: rg.retention(ex.cell, *a, of="c", wrt="c").log_norm, *ex[1:])
     # W x and U h of the forward pass; all others are the product of the cotangents with U and the squares of norms
     assert chain.count("DEFAULT") == 2
