@@ -97,7 +97,7 @@ class Config:
     """Stop after so many evaluations without a lower held-out loss."""
     max_minutes: float | None = None
     """Stop after so many minutes and write the result; the same command goes on from there."""
-    logs: tuple[LogName, ...] = ()
+    logs: tuple[LogName, ...] = ("tensorboard",)
     """Where records go beside log.jsonl."""
     seed: int = 0
     """Of weights and dropout."""

@@ -93,7 +93,7 @@ class Config:
     """Updates between two looks of the gradient-flow monitor."""
     checkpoint_every: int = 500
     """Updates between checkpoints."""
-    logs: tuple[LogName, ...] = ()
+    logs: tuple[LogName, ...] = ("tensorboard",)
     """Where records go beside log.jsonl."""
     seeds: int = 1
     """Independent runs, one after the other."""
