@@ -440,13 +440,12 @@ def run(config: Config, folder: Path, screen: rich.console.Console | None = None
         dataset[name].attrs.update(units=units, description=text)
     is_file = config.text not in ("pydoc", "ptb", "tinyshakespeare")
     shown = dataclasses.replace(config, data_dir=None, text=Path(config.text).name if is_file else config.text)
-    certificate = rg.certificate("float32")
     dataset.attrs = results.provenance(
         experiment="language_model",
         command=f"python -m experiments.language_model {command.flags(shown)}".strip(),
         config=command.config_dict(shown),
-        dtype=certificate.dtype,
-        matmul_precision=certificate.matmul_precision,
+        dtype="float32",
+        matmul_precision=learning.matmul_precision(),
         title=title(config, parts.name),
         text=parts.name,
         text_sha256=parts.digests,

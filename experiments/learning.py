@@ -370,6 +370,11 @@ def _flow_history(flow: Sequence[Mapping[str, Any]], reach: Callable[[int], int]
     )
 
 
+def matmul_precision() -> str:
+    """Returns the precision of the matrix products of training: JAX's setting, unlike the chains' own."""
+    return jax.config.jax_default_matmul_precision or "default"
+
+
 def last(values: xr.DataArray) -> float:
     """Returns the last number of one run's curve; shorter runs are filled up with NaN."""
     there = values.values[~np.isnan(values.values)]

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -352,6 +353,8 @@ def _train_seed(config: Config, problem: Problem, seed: int, folder: Path, scree
     )
     losses = dataset["loss"].values
     at = np.flatnonzero([solved({measure: value}) for value in dataset[measure].values])
+    if config.task == "agreement":
+        dataset["accuracy_by_distance"] = accuracy_by_distance(config, problem, trained.best_params, key_held_out)
     return dataset.assign(
         best_loss=((), np.nanmin(losses)),
         best_update=((), int(dataset["update"][int(np.nanargmin(losses))])),
@@ -363,6 +366,24 @@ def _train_seed(config: Config, problem: Problem, seed: int, folder: Path, scree
         seconds=trained.seconds,
         seconds_per_update=trained.seconds / max(trained.updates, 1),
     )
+
+
+DISTANCES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+"""Where the agreement task's accuracy is taken, in units of the longest distance trained on."""
+
+
+def accuracy_by_distance(config: Config, problem: Problem, params: Any, key: Any) -> xr.DataArray:
+    """Returns the share of verbs that agree, for sentences with one distance between subject and verb each."""
+    shortest = rg.tasks.shortest_distance(config.attractors)
+    distances = sorted({max(shortest, round(share * config.steps)) for share in DISTANCES})
+    found = []
+    for distance in distances:
+        task = rg.tasks.agreement(distance=distance, num_attractors=(0, config.attractors))
+        batch = draw(task, jax.random.fold_in(key, distance), config.eval_sequences)
+        evaluate = rg.training.evaluator(problem.model, problem.loss, [batch], metrics={"accuracy": _accuracy})
+        found.append(evaluate(params)["accuracy"])
+    attrs = {"units": "1", "description": "held-out accuracy by distance of subject and verb, best parameters"}
+    return xr.DataArray(found, {"distance": distances}, "distance", attrs=attrs)
 
 
 _DESCRIPTIONS = {
@@ -394,15 +415,14 @@ def run(config: Config, folder: Path, screen: rich.console.Console | None = None
         dataset[name].attrs.update(units=loss_unit if "loss" in name else "updates", description=text)
     baseline = float(problem.train.baseline)
     measure, bound = solved_by(config.task, baseline)
-    certificate = rg.certificate("float32")
     label = {"adding": "mean squared error", "copy": "cross-entropy (nats per step)"}
     baselines = {"adding": "predicting the mean", "copy": "memoryless"}
     dataset.attrs = results.provenance(
         experiment="train",
         command=f"python -m experiments.train {command.flags(config)}".strip(),
         config=command.config_dict(config),
-        dtype=certificate.dtype,
-        matmul_precision=certificate.matmul_precision,
+        dtype="float32",
+        matmul_precision=learning.matmul_precision(),
         title=f"{title(config)}, {config.seeds} seed{'s' if config.seeds > 1 else ''}",
         loss_label=label.get(config.task, "cross-entropy (nats)"),
         loss_scale="log",
@@ -490,10 +510,19 @@ def summary(dataset: xr.Dataset) -> str:
             f"{attrs['solved_bound']:.0%}",
         )
     )
+    by_distance = ""
+    if "accuracy_by_distance" in dataset:
+        accuracy = dataset["accuracy_by_distance"].median("seed")
+        listed = ", ".join(f"{float(value):.1%} at {int(value['distance'])}" for value in accuracy)
+        by_distance = f"  Verbs that agree, by distance from the subject (trained up to {_steps(attrs)}): {listed}."
     if not len(at):
-        return f"Not solved by any of {dataset.sizes['seed']} (held-out {kind} {bound})."
+        return f"Not solved by any of {dataset.sizes['seed']} (held-out {kind} {bound}).{by_distance}"
     when = f"after {int(np.median(at)):,} updates" + (" (median)" if len(at) > 1 else "")
-    return f"Solved by {len(at)} of {dataset.sizes['seed']} {when} (held-out {kind} {bound})."
+    return f"Solved by {len(at)} of {dataset.sizes['seed']} {when} (held-out {kind} {bound}).{by_distance}"
+
+
+def _steps(attrs: Mapping[str, Any]) -> int:
+    return int(json.loads(attrs["config"])["steps"])
 
 
 ABOUT = """Trains a recurrent network on a task and watches how far back its gradient reaches while it learns.

@@ -70,10 +70,11 @@ class GradientFlow(NamedTuple):
     state_cotangents: StateCotangents
     """∂L/∂s_k, split."""
     gate_cotangents: Any
-    """∂L/∂z_t for t = 0 … T−1, pre-activations whose leaves are LogScaled; None for a map, which has none."""
+    """∂L/∂z_t for t = 0 … T−1, as ``update`` reads z_t (see :class:`rnngrad.unroll.Taps`), pre-activations whose leaves
+    are LogScaled; None for a map, which has none."""
 
 
-def _local(loss: StateLoss, states: State) -> tuple[Array, State]:
+def local_cotangents(loss: StateLoss, states: State) -> tuple[Array, State]:
     """Returns L and ∂L/∂s_t as the loss takes it from the states themselves.
 
     Raises:
@@ -150,29 +151,38 @@ def _add_scaled(a: Any, b: Any) -> Any:
 
 
 def _weights(cell: Cell, params: Params, run: Run, rows: Rows) -> Params:
-    """Returns Σ_t δ_{t+1} ∂⁺s_{t+1}/∂params with LogScaled leaves; leading axes of ``rows`` (T) or (T, B).
+    """Returns Σ_t δ_{t+1} ∂⁺s_{t+1}/∂params of one sequence with LogScaled leaves.
 
-    All cotangents are brought to the largest exponent among them: what lies below the dtype's range there would not
-    change a digit of the sum.
+    Step by step and field by field, each share at its own scale: a large cotangent may meet an input of zero where a
+    small one does not.  Only what a single step, or the way through a stack's layers within it, shrinks beyond the
+    range of the dtype is lost.
     """
-    counts = jnp.concatenate([(logscaled.largest(block) != 0).ravel() for block in rows])
-    exponents = jnp.concatenate([block.exponent.ravel() for block in rows])
-    top = jnp.max(jnp.where(counts, exponents, jnp.iinfo(jnp.int32).min))
-    top = jnp.where(jnp.any(counts), top, 0)
-    spread = lambda block: jnp.broadcast_to(top, block.exponent.shape)
-    cotangents = tuple(logscaled.align(block, spread(block))[..., 0, :] for block in rows)
+    layout = layout_of(run.final)
 
-    def every_step(params):
-        def one(point):
-            layout = layout_of(point.state)
+    def share(point: Point, rows: Rows) -> Params:
+        def step(params):
             return layout.split(cell.update(params, cell.preactivate(params, point.state, point.x), point.state)[0])
 
-        for _ in range(rows[0].exponent.ndim):
-            one = jax.vmap(one)
-        return one(run.points)
+        _, pull = jax.vjp(step, params)
+        parts = []
+        for index, block in enumerate(rows):
+            alone = tuple(b.mantissa[0] if i == index else jnp.zeros_like(b.mantissa[0]) for i, b in enumerate(rows))
+            parts.append(jax.tree.map(lambda leaf, e=block.exponent: _scaled(leaf, e), pull(alone)[0]))
+        return functools.reduce(_add_scaled, parts)
 
-    _, pull = jax.vjp(every_step, params)
-    return jax.tree.map(lambda leaf: _scaled(leaf, top), pull(cotangents)[0])
+    def body(total: Params, inputs: tuple[Point, Rows]) -> tuple[Params, None]:
+        return _add_scaled(total, share(*inputs)), None
+
+    zero = jax.tree.map(lambda leaf: _scaled(jnp.zeros_like(leaf), jnp.zeros((), jnp.int32)), params)
+    return jax.lax.scan(body, zero, (run.points, rows))[0]
+
+
+def _sum_scaled(x: LogScaled) -> LogScaled:
+    """Returns the sum over the leading axis."""
+    counts = logscaled.largest(x) != 0
+    top = jnp.max(jnp.where(counts, x.exponent, jnp.iinfo(jnp.int32).min))
+    top = jnp.where(jnp.any(counts), top, 0)
+    return _scaled(jnp.sum(logscaled.align(x, jnp.broadcast_to(top, x.exponent.shape)), axis=0), top)
 
 
 def _scaled(leaf: Array, exponent: Array) -> LogScaled:
@@ -182,13 +192,19 @@ def _scaled(leaf: Array, exponent: Array) -> LogScaled:
 @functools.partial(jax.jit, static_argnames=("cell",))
 def _flow(cell, params, state, xs, value, local):
     run = run_forward(cell, params, state, xs)
-    reverse = lambda points, final, local: _reverse(cell, params, Run(points, final), local)
+
+    def one_sequence(points, final, local):
+        run = Run(points, final)
+        cotangents, (total, gates) = _reverse(cell, params, run, local)
+        return (cotangents, gates), _weights(cell, params, run, total)
+
     batch_axes = xs.ndim - 2 if cell.input_size is not None else 0
     for _ in range(batch_axes):
-        reverse = jax.vmap(reverse, in_axes=(1, 0, 1), out_axes=1)
+        one_sequence = jax.vmap(one_sequence, in_axes=(1, 0, 1), out_axes=(1, 0))
     with jax.default_matmul_precision(MATMUL_PRECISION):
-        cotangents, (total, gates) = reverse(*run, local)
-        weights = _weights(cell, params, run, total)
+        (cotangents, gates), weights = one_sequence(*run, local)
+        for _ in range(batch_axes):
+            weights = jax.tree.map(_sum_scaled, weights, is_leaf=_is_scaled)
     treedef = jax.tree.structure(state)
     flat = lambda x: LogScaled(x.mantissa[..., 0, :], x.exponent)
     tree = lambda rows: jax.tree.unflatten(treedef, [flat(block) for block in rows])
@@ -230,7 +246,9 @@ def bptt(cell: Cell, params: Params, state: State, xs: Any, loss: StateLoss) -> 
     """
     check_inputs(cell, params, state, xs, one_sequence=False)
     check_finite(params, state, xs)
-    value, local = _local(loss, unroll(cell, params, state, xs).states)
+    if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(params)):
+        raise ValueError(f"bptt: expected real parameters, found complex ones (cell {cell.name!r})")
+    value, local = local_cotangents(loss, unroll(cell, params, state, xs).states)
     return _flow(cell, params, state, xs, value, local)
 
 
@@ -245,9 +263,9 @@ class TruncatedGradient(NamedTuple):
     grads: Params
     """The truncated gradient."""
     relative_error: Array
-    """‖truncated − full‖ / ‖full‖ over all parameters."""
+    """‖truncated − full‖ / ‖full‖ over all parameters; NaN when the full one is zero."""
     cosine: Array
-    """Of the angle between the truncated gradient and the full one."""
+    """Of the angle between the truncated gradient and the full one; NaN when one of them is zero."""
 
 
 def truncated_bptt(
@@ -270,7 +288,8 @@ def truncated_bptt(
       stride: steps of a block, at most ``window``; None for ``window``.
 
     Raises:
-      ValueError: inputs that do not fit, or not 1 ≤ ``stride`` ≤ ``window``.
+      ValueError: inputs that do not fit, NaN or inf in them, a loss that is no scalar, a cell without parameters, or
+        not 1 ≤ ``stride`` ≤ ``window``.
 
     >>> import jax
     >>> import rnngrad as rg
@@ -285,8 +304,10 @@ def truncated_bptt(
         raise ValueError(f"truncated_bptt: expected 1 <= stride <= window, found stride {stride}, window {window}")
     num_steps = check_inputs(cell, params, state, xs, one_sequence=False)
     check_finite(params, state, xs)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"truncated_bptt: cell {cell.name!r} has no parameters, so there is no gradient to compare")
     states, pull = jax.vjp(lambda params: unroll(cell, params, state, xs).states, params)
-    value, local = _local(loss, states)
+    value, local = local_cotangents(loss, states)
     (full,) = pull(local)
 
     window = min(window, num_steps)
@@ -311,20 +332,12 @@ def truncated_bptt(
 
     _, pull_blocks = jax.vjp(blocks, params)
     (truncated,) = pull_blocks(jax.vmap(own_share)(starts, block_starts, block_ends))
-    difference = jax.tree.map(jnp.subtract, truncated, full)
-    size = _norm(full)
-    return TruncatedGradient(
-        value, truncated, _norm(difference) / size, _inner(truncated, full) / (size * _norm(truncated))
-    )
-
-
-def _inner(a: Params, b: Params) -> Array:
-    products = [jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
-    return functools.reduce(jnp.add, products)
-
-
-def _norm(tree: Params) -> Array:
-    return jnp.sqrt(_inner(tree, tree))
+    # squares leave the range long before the gradients do
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves((full, truncated))])
+    a, b = (jnp.concatenate([(leaf / largest).ravel() for leaf in jax.tree.leaves(tree)]) for tree in (truncated, full))
+    size = jnp.linalg.norm(b)
+    cosine = jnp.real(jnp.vdot(a, b)) / (jnp.linalg.norm(a) * size)
+    return TruncatedGradient(value, truncated, jnp.linalg.norm(a - b) / size, cosine)
 
 
 # --- forward in time -------------------------------------------------------------------------------------------------
@@ -371,7 +384,7 @@ def rtrl(cell: Cell, params: Params, state: State, xs: Any, loss: StateLoss) -> 
     """
     check_inputs(cell, params, state, xs, one_sequence=True)
     check_finite(params, state, xs)
-    value, local = _local(loss, unroll(cell, params, state, xs).states)
+    value, local = local_cotangents(loss, unroll(cell, params, state, xs).states)
     layout = layout_of(state)
     local_rows = jax.vmap(lambda cotangent: jnp.concatenate(_real(layout, cotangent)))(local)
 

@@ -11,7 +11,7 @@
 V is ``w``, c is ``b``, m the mask.  With a full mask the second is T times the first, and so is its gradient.  That is
 the unit in which a clipping threshold is stated: 5 on the sum over 20 steps (Zaremba et al. 2014) is 0.25 on the mean.
 
-Masks hold weights of at least 0, shape (T,) or (T, B); what stands at steps of weight 0, NaN included, acts on
+Masks hold finite weights of at least 0, shape (T,) or (T, B); what stands at steps of weight 0, NaN included, acts on
 neither value nor gradient.  ``steps="last"`` keeps of each sequence the last step whose weight is not 0.  Sequences
 without any such step do not count in the mean over the batch.  A mask of zeros alone leaves nothing to average: a
 ValueError where its values are known, a loss of 0 with gradient 0 under ``jit``.
@@ -147,6 +147,18 @@ def _is_known(array: _Numbers) -> bool:
     return not isinstance(array, jax.core.Tracer)
 
 
+def _check_mask(mask: np.ndarray, dtype: DTypeLike) -> None:
+    name = jnp.dtype(dtype).name
+    with np.errstate(over="ignore"):  # what overflows becomes inf and is named below
+        values = mask.astype(dtype)
+    is_bad = ~(np.isfinite(values) & (values >= 0))
+    if is_bad.any():
+        raise ValueError(f"mask: expected weights of at least 0, finite in {name}, found {mask[is_bad][0]}")
+    # compiled code takes numbers below the normal range for 0
+    if not (values >= jnp.finfo(dtype).tiny).any():
+        raise ValueError(f"mask: expected a step that counts, found zeros alone (in {name})")
+
+
 def _step_weights(mask: _Numbers | None, shape: tuple[int, ...], steps: str, dtype: DTypeLike) -> Float[Array, "..."]:
     """Returns the weight of every step; ``shape`` is that of the targets' time and batch axes."""
     if steps not in STEPS:
@@ -159,11 +171,7 @@ def _step_weights(mask: _Numbers | None, shape: tuple[int, ...], steps: str, dty
         if mask.shape != shape:
             raise ValueError(f"mask: expected shape {shape}, found {mask.shape}")
         if _is_known(mask):
-            values = np.asarray(mask).astype(np.float64)
-            if not (values >= 0).all():
-                raise ValueError(f"mask: expected weights of at least 0, found {values[~(values >= 0)][0]}")
-            if not values.any():
-                raise ValueError("mask: expected a step that counts, found zeros alone")
+            _check_mask(np.asarray(mask), dtype)
         weights = jnp.asarray(mask).astype(dtype)
     if steps == "last":
         # steps that count, from this one on: 1 at the last of them alone
@@ -229,7 +237,7 @@ def cross_entropy(
 
     Raises:
       ValueError: shapes, dtypes or options that do not fit; where the values are known, a target that is no class, a
-        negative weight, or a mask of zeros alone.  Under ``jit`` a target that is no class makes the loss NaN.
+        weight that is negative or not finite, or a mask of zeros alone.  Under ``jit`` a target that is no class makes the loss NaN.
 
     >>> import jax.numpy as jnp
     >>> import rnngrad as rg
@@ -269,8 +277,8 @@ def mse(
       reduction: ``"mean_per_token"`` or ``"sum_over_steps"``; see the module docstring.
 
     Raises:
-      ValueError: shapes, dtypes or options that do not fit; where its values are known, a mask with a negative weight
-        or of zeros alone.
+      ValueError: shapes, dtypes or options that do not fit; where its values are known, a mask with a weight that
+        is negative or not finite, or of zeros alone.
 
     >>> import jax.numpy as jnp
     >>> import rnngrad as rg
@@ -292,7 +300,7 @@ def mse(
 def accuracy(
     logits: _Numbers, targets: _Numbers, mask: _Numbers | None = None, *, steps: str = "all"
 ) -> Float[Array, ""]:
-    """Returns the share of counted steps at which the largest logit is that of the target.
+    """Returns the share of counted steps at which the largest logit is that of the target; NaN if one holds a NaN.
 
     Args:
       logits: shape (T, V) or (T, B, V), floating; of equal logits the first counts as the largest.
@@ -301,8 +309,8 @@ def accuracy(
       steps: ``"all"``, or ``"last"`` for the last step of each sequence that the mask counts.
 
     Raises:
-      ValueError: shapes, dtypes or options that do not fit; where its values are known, a mask with a negative weight
-        or of zeros alone.
+      ValueError: shapes, dtypes or options that do not fit; where its values are known, a mask with a weight that
+        is negative or not finite, or of zeros alone.
 
     >>> import jax.numpy as jnp
     >>> import rnngrad as rg
@@ -312,8 +320,11 @@ def accuracy(
     _check_logits(logits, targets)
     dtype = at_least_float32(logits.dtype)
     weights = _step_weights(mask, targets.shape, steps, dtype)
-    is_right = jnp.argmax(jnp.asarray(logits), axis=-1) == jnp.asarray(targets)
-    return _reduced(is_right.astype(dtype), weights, "mean_per_token")
+    y = jnp.asarray(logits)
+    is_right = jnp.argmax(y, axis=-1) == jnp.asarray(targets)
+    # among NaN none is the largest, although argmax names one
+    by_step = jnp.where(jnp.isnan(y).any(axis=-1), jnp.nan, is_right.astype(dtype))
+    return _reduced(by_step, weights, "mean_per_token")
 
 
 # --- units of a mean per token ---------------------------------------------------------------------------------------

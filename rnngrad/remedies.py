@@ -40,7 +40,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Inexact, Int, Key
 
+from rnngrad.gradients import local_cotangents
 from rnngrad.jacobians import MATMUL_PRECISION, Layout, layout_of, step_pulls
+from rnngrad.logscaled import at_least_float32
 from rnngrad.losses import REDUCTIONS
 from rnngrad.lyapunov import lyapunov_spectrum
 from rnngrad.types import Cell, Gates, Params, Real, State, check_inputs
@@ -134,7 +136,7 @@ def _state_cotangents(cell: Cell, params: Params, state: State, xs: Any, loss: C
     num_steps = check_inputs(cell, params, state, xs, one_sequence=False)
     taps = zero_taps(cell, num_steps, jnp.shape(xs)[1:-1])
     states, pull = jax.vjp(lambda taps: unroll(cell, params, state, xs, taps=taps).states, taps)
-    own = jax.grad(loss)(states)
+    _, own = local_cotangents(loss, states)
     (sent,) = pull(own)
     # taps sit at s_0 … s_{T−1}, states are s_1 … s_T: the last state gets nothing from a later one
     later = lambda leaf: jnp.concatenate([leaf[1:], jnp.zeros_like(leaf[:1])])
@@ -170,7 +172,7 @@ def pascanu_omega(
       loss: E as a function of the states of ``rg.unroll``, s_1 … s_T with leading axis T.
 
     Raises:
-      ValueError: inputs that do not fit, or a map, which declares no input size.
+      ValueError: inputs that do not fit, a loss that is not a floating scalar, or a map, which declares no input size.
 
     Reference: Pascanu, Mikolov & Bengio 2013, arXiv 1211.5063, eq. 9 and 10; see the module docstring.
 
@@ -386,7 +388,8 @@ def orthogonal(raw: Params, *, by: str = "exponential") -> Params:
 
         A = R − Rᵀ,     U = exp(A)  or  U = (I + A)⁻¹ (I − A)           R: an N×N block of raw.w_hh
 
-    To train with it, keep ``raw`` as the parameters and take the loss of ``orthogonal(raw)``.
+    To train with it, keep ``raw`` as the parameters and take the loss of ``orthogonal(raw)``.  Computed in float32 at
+    least and rounded to the dtype of the weights, in which U is as orthogonal as the rounding of its entries leaves it.
 
     Args:
       raw: parameters with ``w_hh`` of shape (G·N, N), from :func:`orthogonal_raw`.
@@ -408,6 +411,8 @@ def orthogonal(raw: Params, *, by: str = "exponential") -> Params:
     True
     """
     blocks = _gate_blocks(raw, by)
+    # there are no linear solvers of bfloat16
+    blocks = blocks.astype(at_least_float32(blocks.dtype))
     skew = blocks - jnp.swapaxes(blocks, 1, 2)
     with jax.default_matmul_precision(MATMUL_PRECISION):
         if by == "exponential":
@@ -415,14 +420,16 @@ def orthogonal(raw: Params, *, by: str = "exponential") -> Params:
         else:
             eye = jnp.broadcast_to(jnp.eye(skew.shape[-1], dtype=skew.dtype), skew.shape)
             rotations = jnp.linalg.solve(eye + skew, eye - skew)
-    return raw._replace(w_hh=rotations.reshape(raw.w_hh.shape))
+    return raw._replace(w_hh=rotations.reshape(raw.w_hh.shape).astype(raw.w_hh.dtype))
 
 
 def orthogonal_raw(params: Params, *, by: str = "exponential") -> Params:
     """Returns the ``raw`` at which :func:`orthogonal` gives ``params`` back.
 
     A block of determinant −1 is out of reach of both maps: its first row is negated, which leaves a uniform draw of
-    orthogonal matrices a uniform draw of rotations.  Computed in NumPy, once, at the start of training.
+    orthogonal matrices a uniform draw of rotations.  What rounding took from orthogonality is given back first: each
+    block is replaced by the orthogonal matrix nearest to it.  Computed in NumPy and float64, once, at the start of
+    training; then rounded to the dtype of the weights, which Cayley's A = tan(θ/2) feels at angles θ near π.
 
     Args:
       params: parameters whose ``w_hh``, shape (G·N, N), is orthogonal in every block, as ``init="orthogonal"`` or
@@ -440,14 +447,18 @@ def orthogonal_raw(params: Params, *, by: str = "exponential") -> Params:
     """
     blocks = np.array(_gate_blocks(params, by), np.float64)
     eye = np.eye(blocks.shape[-1])
-    # round-off of an orthogonal draw in the dtype of the weights, with room
+    dtype = params.w_hh.dtype
+    # entries rounded to the dtype of the weights move U Uᵀ by one eps; the draw itself was made in float32 at least
     far = np.abs(blocks @ blocks.transpose(0, 2, 1) - eye).max()
-    allowed = 100 * float(jnp.finfo(params.w_hh.dtype).eps)
+    allowed = 2 * float(jnp.finfo(dtype).eps) + 100 * float(jnp.finfo(at_least_float32(dtype)).eps)
     if not far <= allowed:
         raise ValueError(f"params.w_hh: expected orthogonal blocks, found U Uᵀ − I up to {far:.1e}")
+    # the nearest orthogonal matrix, its polar factor: near −1 what follows would take an error of length for an angle
+    left, _, right = np.linalg.svd(blocks)
+    blocks = left @ right
     blocks[np.linalg.det(blocks) < 0, 0] *= -1
     # solved with (I + U): singular where an eigenvalue is −1, at which a rotation by π has no one direction
-    if np.linalg.cond(eye + blocks).max() > 1 / allowed:
+    if np.linalg.cond(eye + blocks).max() > 1 / (100 * np.finfo(np.float64).eps):
         raise ValueError("params.w_hh: expected rotations by less than π, found the eigenvalue −1")
     skew = np.linalg.solve(eye + blocks, eye - blocks)
     skew = (skew - skew.transpose(0, 2, 1)) / 2
@@ -456,7 +467,7 @@ def orthogonal_raw(params: Params, *, by: str = "exponential") -> Params:
         tangents, vectors = np.linalg.eigh(1j * skew)
         angles = 2 * np.arctan(tangents)
         skew = (1j * (vectors * angles[:, None, :]) @ vectors.conj().transpose(0, 2, 1)).real
-    return params._replace(w_hh=jnp.asarray(skew.reshape(params.w_hh.shape) / 2, params.w_hh.dtype))
+    return params._replace(w_hh=jnp.asarray(skew.reshape(params.w_hh.shape) / 2, dtype))
 
 
 # --- all remedies ----------------------------------------------------------------------------------------------------
@@ -470,6 +481,9 @@ class Remedy(NamedTuple):
     where: tuple[str, ...]
     """Names within ``rnngrad``; ``cells.lstm(forget_bias)`` is an option of a function."""
 
+
+_GATED = ("lstm", "peephole_lstm", "coupled_lstm", "min_lstm", "gru", "min_gru")
+_FORGET_BIAS = tuple(f"cells.{name}(forget_bias)" for name in _GATED)
 
 REMEDIES: dict[str, Remedy] = {
     "clipping": Remedy(
@@ -505,7 +519,14 @@ REMEDIES: dict[str, Remedy] = {
     "orthogonal start": Remedy(
         "draws orthogonal recurrent matrices",
         "Saxe et al. 2013, arXiv 1312.6120",
-        ("initializers.orthogonal", "cells.vanilla(init)", "cells.lstm(init)", "cells.gru(init)"),
+        (
+            "initializers.orthogonal",
+            "cells.vanilla(init)",
+            "cells.lstm(init)",
+            "cells.peephole_lstm(init)",
+            "cells.coupled_lstm(init)",
+            "cells.gru(init)",
+        ),
     ),
     "identity start": Remedy(
         "starts from recurrent matrices I, with relu units",
@@ -515,22 +536,26 @@ REMEDIES: dict[str, Remedy] = {
     "forget bias": Remedy(
         "opens the forget gates (for the GRU: the share kept) at the start",
         "Gers, Schmidhuber & Cummins 2000; Jozefowicz et al. 2015",
-        ("cells.lstm(forget_bias)", "cells.peephole_lstm(forget_bias)", "cells.coupled_lstm(forget_bias)"),
+        _FORGET_BIAS,
     ),
     "chrono": Remedy(
         "spreads the forget biases over memories of up to a given lag",
         "Tallec & Ollivier 2018, arXiv 1804.11188, eq. 16",
-        ("initializers.chrono", "cells.lstm(forget_bias)", "cells.gru(forget_bias)"),
+        ("initializers.chrono", *_FORGET_BIAS),
     ),
     "UGI": Remedy(
         "spreads the forget gates evenly over 0 to 1",
         "Gu et al. 2020, arXiv 1910.09890, section 3.1",
-        ("initializers.ugi", "cells.lstm(forget_bias)", "cells.gru(forget_bias)"),
+        ("initializers.ugi", *_FORGET_BIAS),
     ),
     "initial memory": Remedy(
         "starts the memory at a number other than 0",
         "circulates without a paper",
-        ("cells.lstm(initial_memory)", "cells.gru(initial_memory)", "cells.vanilla(initial_memory)"),
+        (
+            *(f"cells.{name}(initial_memory)" for name in _GATED),
+            "cells.vanilla(initial_memory)",
+            "cells.indrnn(initial_memory)",
+        ),
     ),
     "bounded diagonal": Remedy(
         "draws recurrent factors |u| within 2^(±1/T)",

@@ -130,9 +130,14 @@ def describe(leaf: Any) -> str:
     return f"{jnp.result_type(leaf).name}{list(jnp.shape(leaf))}"
 
 
-@functools.lru_cache(maxsize=256)
 def expected_of(cell: Cell, batch_shape: tuple[int, ...]) -> tuple[Any, Any]:
     """Returns params and state of a cell as shapes, without drawing anything; the same at every call."""
+    return _expected(cell, batch_shape, jax.dtypes.canonicalize_dtype("float64"))
+
+
+@functools.lru_cache(maxsize=256)
+def _expected(cell: Cell, batch_shape: tuple[int, ...], widest: np.dtype) -> tuple[Any, Any]:
+    """``widest`` is what float64 stands for, which a user may change between two calls."""
     params = jax.eval_shape(cell.init, jax.random.key(0))
     state = jax.eval_shape(lambda: cell.init_state(batch_shape))
     return params, state

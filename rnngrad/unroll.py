@@ -48,7 +48,11 @@ class Taps(NamedTuple):
     gated: State
     """Added to s_t where ``preactivate`` reads it: gradients ∂L/∂s_{t+1} · G_t, through the gates."""
     z: Gates
-    """Added to z_t: gradients ∂L/∂z_t, gate by gate."""
+    """Added to z_t as ``update`` reads it: gradients ∂L/∂z_t, gate by gate.
+
+    What ``preactivate`` itself makes of a pre-activation (r of the GRU with reset before, the lower layers of a
+    ``stack``) is part of ``gated``; :mod:`rnngrad.training` unrolls layer by layer, which shows every layer's gates.
+    """
 
 
 def zero_taps(cell: Cell, num_steps: int, batch_shape: tuple[int, ...] = ()) -> Taps:
@@ -132,7 +136,7 @@ def unroll(
         return final, (states, gates)
 
     whole = num_steps - num_steps % checkpoint_every
-    in_chunks = lambda leaf: leaf[:whole].reshape((-1, checkpoint_every, *leaf.shape[1:]))
+    in_chunks = lambda leaf: leaf[:whole].reshape((whole // checkpoint_every, checkpoint_every, *leaf.shape[1:]))
     joined = lambda leaf: leaf.reshape((whole, *leaf.shape[2:]))
     carry, outputs = jax.lax.scan(functools.partial(chunk, params), state, jax.tree.map(in_chunks, (xs, taps)))
     states, gates = jax.tree.map(joined, outputs)
@@ -151,10 +155,23 @@ def _check_taps(cell: Cell, params: Params, state: State, xs: Any, taps: Taps, n
 
 
 def _run(cell: Cell, params: Params, state: State, xs: Any, taps: Taps | None) -> Trajectory:
+    if _has_a_rule(cell, params, state, xs):
+        return _differentiable(cell, params, state, xs, taps)
+    return _forward(cell, params, state, xs, taps)[0]
+
+
+def _has_a_rule(cell: Cell, params: Params, state: State, xs: Any) -> bool:
+    """Returns whether the derivative below applies; if not, that which JAX finds for the scan is right as well.
+
+    It does not see traced values that the cell's functions close over, as those of a map may, and counts no integers
+    among the pre-activations.
+    """
     if cell.input_size is None:
-        # the function of a map may close over traced values, which a custom rule would not see
-        return _forward(cell, params, state, xs, taps)[0]
-    return _differentiable(cell, params, state, xs, taps)
+        return False
+    program = jax.make_jaxpr(lambda p, s, x: (cell.preactivate(p, s, x), cell.step(p, s, x)[0]))(params, state, xs[0])
+    z = program.out_avals[: -len(jax.tree.leaves(state))]
+    is_closed = not any(isinstance(const, jax.core.Tracer) for const in program.consts)
+    return is_closed and all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in z)
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -218,7 +235,9 @@ def reads_state_affinely(cell: Cell) -> bool:
     depends = set(program.invars[first : first + len(jax.tree.leaves(state))])
     for equation in program.eqns:
         if depends.intersection(var for var in equation.invars if isinstance(var, Var)):
-            if equation.primitive.name not in _TRUE_TO_THEIR_DERIVATIVE:
+            # of what becomes an integer or a truth value the derivative is 0
+            is_inexact = all(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in equation.outvars)
+            if equation.primitive.name not in _TRUE_TO_THEIR_DERIVATIVE or not is_inexact:
                 return False
             depends.update(equation.outvars)
     return True

@@ -120,6 +120,47 @@ def test_bptt_of_an_exploding_network():
     assert np.isfinite(longer.scaled_grads.b.mantissa).all()
 
 
+def test_weights_gradient_where_float32_has_died():
+    """Only the first input is not zero: W's gradient is the cotangent that came all the way, b's is another's."""
+    xs = np.zeros((150, 3))
+    xs[0] = [1.0, -0.5, 2.0]
+    cell = rg.cells.lstm(3, 5, forget_bias=-2.0)
+    params = cell.init(jax.random.key(0))
+    flow = rg.bptt(cell, params, cell.init_state(), jnp.asarray(xs, jnp.float32), last_c)
+    with jax.enable_x64(True):
+        wide = rg.cells.lstm(3, 5, forget_bias=-2.0, dtype=jnp.float64)
+        cast = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), params)
+        expected = jax.grad(lambda p: last_c(rg.unroll(wide, p, wide.init_state(), jnp.asarray(xs)).states))(cast)
+    for name in ("w_ih", "w_hh", "b"):
+        found, size = getattr(flow.scaled_grads, name), np.abs(getattr(expected, name)).max()
+        assert np.isclose(
+            logscaled.log_max(LogScaled(jnp.atleast_2d(found.mantissa), found.exponent)), np.log(size), atol=1e-3
+        )
+    assert np.log(np.abs(expected.w_ih).max()) < np.log(np.finfo(np.float32).tiny) - 50
+    assert not flow.grads.w_ih.any()  # as plain numbers: out of range
+
+
+def test_one_step_under_jit_and_vmap(x64):
+    ex = example("lstm", dtype="float64", num_steps=1)
+    expected = jax.grad(lambda p: score(rg.unroll(ex.cell, p, ex.state, ex.xs).states))(ex.params)
+    for function in (rg.bptt, rg.rtrl, lambda *args: rg.truncated_bptt(*args, window=1)):
+        run = jax.jit(lambda p, s, x, function=function: function(ex.cell, p, s, x, score).grads)
+        close(run(ex.params, ex.state, ex.xs), expected)
+        several = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), ex.params)
+        mapped = jax.vmap(run, in_axes=(0, None, None))(several, ex.state, ex.xs)
+        close(jax.tree.map(lambda leaf: leaf[0], mapped), expected)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_truncation_error_does_not_depend_on_the_loss_unit(size):
+    ex = example("lstm")
+    error = lambda unit: rg.truncated_bptt(
+        ex.cell, ex.params, ex.state, ex.xs, lambda states: unit * jnp.sum(states.h), window=2
+    )
+    np.testing.assert_allclose(error(size).relative_error, error(1.0).relative_error, rtol=1e-4)
+    np.testing.assert_allclose(error(size).cosine, error(1.0).cosine, rtol=1e-4)
+
+
 def test_a_state_that_is_not_finite_gives_nan_and_no_number():
     cell = rg.cells.vanilla(1, 2, activation="relu")
     params = cell.init(jax.random.key(0))._replace(w_hh=1e30 * jnp.eye(2), b=jnp.ones(2))
@@ -222,6 +263,18 @@ def test_bad_windows():
     for window, stride in ((0, None), (3, 4), (3, 0)):
         with pytest.raises(ValueError, match="1 <= stride <= window"):
             rg.truncated_bptt(ex.cell, ex.params, ex.state, ex.xs, last_c, window=window, stride=stride)
+
+
+def test_cells_without_a_gradient_to_speak_of():
+    with pytest.raises(ValueError, match="has no parameters"):
+        rg.truncated_bptt(rg.map_cell(lambda s, x: s), None, jnp.ones(2), jnp.zeros((4, 0)), jnp.sum, window=2)
+    ex = example("vanilla_tanh")
+    cell = ex.cell._replace(
+        init=lambda key: (ex.cell.init(key), jnp.ones(4, jnp.complex64)),
+        preactivate=lambda params, s, x: ex.cell.preactivate(params[0], s, x),
+    )
+    with pytest.raises(ValueError, match="expected real parameters"):
+        rg.bptt(cell, (ex.params, jnp.ones(4, jnp.complex64)), ex.state, ex.xs, score)
 
 
 def test_rtrl_takes_one_sequence():

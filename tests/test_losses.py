@@ -15,6 +15,10 @@ from rnngrad import losses
 
 T, B, V = 6, 3, 5  # all different, so that a swapped axis cannot pass
 
+# one program in place of one for each operation; `test_jit_is_no_jit` says that nothing else changes
+cross_entropy = jax.jit(losses.cross_entropy, static_argnames=("steps", "reduction"))
+mse = jax.jit(losses.mse, static_argnames=("steps", "reduction"))
+
 
 def raises(*words):
     return pytest.raises(ValueError, match=".*".join(map(re.escape, words)))
@@ -50,13 +54,13 @@ def test_cross_entropy_against_scipy_by_loops(mask, steps, reduction, x64):
         length = T if mask is None else LENGTHS[b]
         chosen.append([terms[t, b] for t in range(length)][-1:] if steps == "last" else terms[:length, b])
     expected = np.concatenate(chosen).mean() if reduction == "mean_per_token" else np.mean([sum(c) for c in chosen])
-    found = losses.cross_entropy(logits, targets, mask, steps=steps, reduction=reduction)
+    found = cross_entropy(logits, targets, mask, steps=steps, reduction=reduction)
     assert float(found) == pytest.approx(expected, rel=1e-14)  # a few roundings of float64
 
 
 def test_gradient_is_softmax_minus_onehot(x64):
     logits, targets = example(jnp.float64)
-    found = jax.grad(losses.cross_entropy)(logits, targets, MASK)
+    found = jax.jit(jax.grad(cross_entropy))(logits, targets, MASK)
     expected = (scipy.special.softmax(logits, axis=-1) - np.eye(V)[targets]) * MASK[..., None] / MASK.sum()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-16)  # terms below 1, a few roundings
 
@@ -64,35 +68,35 @@ def test_gradient_is_softmax_minus_onehot(x64):
 def test_equals_optax():
     logits, targets = example()
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-    np.testing.assert_allclose(losses.cross_entropy(logits, targets), expected, rtol=1e-6)  # float32
+    np.testing.assert_allclose(cross_entropy(logits, targets), expected, rtol=1e-6)  # float32
     predictions, numbers = logits[..., :2], logits[..., 2:4]
     expected = optax.squared_error(predictions, numbers).mean()
-    np.testing.assert_allclose(losses.mse(predictions, numbers), expected, rtol=1e-6)
+    np.testing.assert_allclose(mse(predictions, numbers), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("batch", [(), (B,)], ids=["one sequence", "batch"])
 def test_sum_over_steps_is_t_times_the_mean(batch, x64):
     logits, targets = example(jnp.float64)
     logits, targets = (logits, targets) if batch else (logits[:, 0], targets[:, 0])
-    of = lambda reduction: jax.value_and_grad(lambda y: losses.cross_entropy(y, targets, reduction=reduction))(logits)
+    of = lambda reduction: jax.value_and_grad(lambda y: cross_entropy(y, targets, reduction=reduction))(logits)
     (mean, mean_grad), (total, total_grad) = of("mean_per_token"), of("sum_over_steps")
     assert float(total) == pytest.approx(T * float(mean), rel=1e-14)
     np.testing.assert_allclose(total_grad, T * mean_grad, rtol=1e-14, atol=1e-17)
-    error = lambda reduction: losses.mse(logits, logits - 2.0, reduction=reduction)
+    error = lambda reduction: mse(logits, logits - 2.0, reduction=reduction)
     np.testing.assert_allclose(error("sum_over_steps"), T * error("mean_per_token"), rtol=1e-14)
     np.testing.assert_allclose(error("mean_per_token"), 4.0, rtol=1e-14)
 
 
 def test_uniform_logits_give_log_v():
     targets = jnp.arange(T) % V
-    assert float(losses.cross_entropy(jnp.zeros((T, V)), targets)) == pytest.approx(np.log(V), rel=1e-6)
+    assert float(cross_entropy(jnp.zeros((T, V)), targets)) == pytest.approx(np.log(V), rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4, 1e30])
 def test_large_logits_neither_overflow_nor_lose_the_gradient(size):
     logits = jnp.zeros((2, 3)).at[:, 0].set(size)
     targets = jnp.array([0, 1])
-    value, gradient = jax.value_and_grad(losses.cross_entropy)(logits, targets)
+    value, gradient = jax.jit(jax.value_and_grad(cross_entropy))(logits, targets)
     # one term is 0 and the other |size|, or for a negative one |size| + log 2 and log 2
     expected = size / 2 if size > 0 else -size / 2 + np.log(2)
     assert float(value) == pytest.approx(expected, rel=1e-6)
@@ -102,17 +106,17 @@ def test_large_logits_neither_overflow_nor_lose_the_gradient(size):
 
 def test_a_class_that_is_ruled_out_is_none_of_the_others():
     logits = jnp.array([[0.0, -jnp.inf, 0.0]])
-    value, gradient = jax.value_and_grad(losses.cross_entropy)(logits, jnp.array([0]))
+    value, gradient = jax.jit(jax.value_and_grad(cross_entropy))(logits, jnp.array([0]))
     assert float(value) == pytest.approx(np.log(2), rel=1e-6)
     np.testing.assert_allclose(gradient, [[-0.5, 0, 0.5]], rtol=1e-6)
 
 
 def test_bfloat16_is_reduced_in_float32():
     logits = jnp.zeros((3000, V), jnp.bfloat16)  # a sum of 3000 ones in bfloat16 stops at 256
-    found = losses.cross_entropy(logits, jnp.zeros(3000, int), reduction="sum_over_steps")
+    found = cross_entropy(logits, jnp.zeros(3000, int), reduction="sum_over_steps")
     assert found.dtype == jnp.float32
     assert float(found) == pytest.approx(3000 * np.log(V), rel=1e-5)
-    assert jax.grad(losses.cross_entropy)(logits, jnp.zeros(3000, int)).dtype == jnp.bfloat16
+    assert jax.grad(cross_entropy)(logits, jnp.zeros(3000, int)).dtype == jnp.bfloat16
 
 
 def test_jit_is_no_jit():
@@ -144,10 +148,10 @@ def test_what_stands_at_masked_steps_does_not_act(bad, steps):
 
 def test_unequal_lengths_equal_the_sequences_one_by_one(x64):
     logits, targets = example(jnp.float64)
-    alone = [losses.cross_entropy(logits[:n, b], targets[:n, b]) for b, n in enumerate(LENGTHS)]
-    batch = losses.cross_entropy(logits, targets, MASK)
+    alone = [cross_entropy(logits[:n, b], targets[:n, b]) for b, n in enumerate(LENGTHS)]
+    batch = cross_entropy(logits, targets, MASK)
     assert float(batch) == pytest.approx(np.average(alone, weights=LENGTHS), rel=1e-14)
-    batch = losses.cross_entropy(logits, targets, MASK, reduction="sum_over_steps")
+    batch = cross_entropy(logits, targets, MASK, reduction="sum_over_steps")
     assert float(batch) == pytest.approx(np.mean(LENGTHS * np.array(alone)), rel=1e-14)
 
 
@@ -157,7 +161,7 @@ def test_last_counts_the_last_unmasked_step_also_after_gaps():
     mask[[1, 3], 0] = mask[0, 1] = mask[T - 1, 2] = True
     terms = by_step(logits, targets)
     expected = np.mean([terms[3, 0], terms[0, 1], terms[T - 1, 2]])
-    found = losses.cross_entropy(logits, targets, mask, steps="last")
+    found = cross_entropy(logits, targets, mask, steps="last")
     assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
@@ -166,9 +170,7 @@ def test_a_padded_sequence_does_not_count_in_the_mean_over_the_batch():
     mask = MASK.copy()
     mask[:, 1] = 0
     for reduction in losses.REDUCTIONS:
-        of = lambda pick, r=reduction: losses.cross_entropy(
-            logits[:, pick], targets[:, pick], mask[:, pick], reduction=r
-        )
+        of = lambda pick, r=reduction: cross_entropy(logits[:, pick], targets[:, pick], mask[:, pick], reduction=r)
         assert float(of([0, 1, 2])) == pytest.approx(float(of([0, 2])), rel=1e-6)
 
 
@@ -177,7 +179,7 @@ def test_weights_scale_their_steps():
     weights = 0.5 * MASK
     weights[0] = 2
     expected = np.average(by_step(logits, targets), weights=weights)
-    assert float(losses.cross_entropy(logits, targets, weights)) == pytest.approx(expected, rel=1e-6)
+    assert float(cross_entropy(logits, targets, weights)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_mask_of_zeros_is_an_error_where_it_is_known_and_no_nan_under_jit():
@@ -187,6 +189,10 @@ def test_a_mask_of_zeros_is_an_error_where_it_is_known_and_no_nan_under_jit():
         with raises("mask: expected a step that counts, found zeros alone"):
             function(logits, numbers, zeros)
         assert float(jax.jit(function)(logits, numbers, zeros)) == 0
+        # what float32 cannot hold, or compiled code takes for 0, leaves no step either
+        for tiny in (1e-60, 1e-40):
+            with raises("mask: expected a step that counts, found zeros alone (in float32)"):
+                function(logits, numbers, np.full((T, B), tiny))
     for reduction in losses.REDUCTIONS:
         loss = lambda y, mask, r=reduction: losses.cross_entropy(y, targets, mask, reduction=r)
         assert not jax.jit(jax.grad(loss))(logits, zeros).any()
@@ -202,9 +208,9 @@ def test_mse_by_loops(reduction, x64):
     terms = np.mean((np.asarray(predictions) - np.asarray(targets)) ** 2, axis=-1)
     each = [terms[:n, b] for b, n in enumerate(LENGTHS)]
     expected = np.concatenate(each).mean() if reduction == "mean_per_token" else np.mean([sum(e) for e in each])
-    found = losses.mse(predictions, targets, MASK, reduction=reduction)
+    found = mse(predictions, targets, MASK, reduction=reduction)
     assert float(found) == pytest.approx(expected, rel=1e-14)
-    last = losses.mse(predictions, targets, MASK, steps="last", reduction=reduction)
+    last = mse(predictions, targets, MASK, steps="last", reduction=reduction)
     assert float(last) == pytest.approx(np.mean([e[-1] for e in each]), rel=1e-14)
 
 
@@ -220,7 +226,7 @@ def test_accuracy_counts():
 
 def test_units(x64):
     v = 50
-    nats = losses.cross_entropy(jnp.zeros((T, v), jnp.float64), jnp.zeros(T, int))
+    nats = cross_entropy(jnp.zeros((T, v), jnp.float64), jnp.zeros(T, int))
     assert float(losses.perplexity(nats)) == pytest.approx(v, rel=1e-13)
     assert 2 ** float(losses.bits_per_character(nats)) == pytest.approx(v, rel=1e-13)
     assert float(losses.bits_per_character(float(np.log(2)))) == pytest.approx(1, rel=1e-15)
@@ -275,9 +281,12 @@ def test_bad_input_says_what_was_expected_and_found():
             function(targets, targets)
     with raises("mask: expected shape (6, 3), found (6,)"):
         losses.cross_entropy(logits, targets, jnp.ones(T))
-    for bad in (-1.0, np.nan):
-        with raises(f"mask: expected weights of at least 0, found {bad}"):
-            losses.cross_entropy(logits, targets, jnp.ones((T, B)).at[2, 1].set(bad))
+    # 1e300 is infinite in float32, in which the loss of these logits is computed
+    for bad in (-1.0, np.nan, np.inf, 1e300):
+        mask = np.ones((T, B))
+        mask[2, 1] = bad
+        with raises(f"mask: expected weights of at least 0, finite in float32, found {bad}"):
+            losses.cross_entropy(logits, targets, mask)
     with raises("expected targets of shape (T,) or (T, B) with at least one step, found (0, 3)"):
         losses.cross_entropy(logits[:0], targets[:0])
     with raises("expected targets of shape (T,) or (T, B) with at least one step, found ()"):
@@ -307,6 +316,11 @@ def test_nan_in_the_logits_is_not_hidden():
     logits, targets = example()
     assert bool(jnp.isnan(losses.cross_entropy(logits.at[2, 1, 0].set(jnp.nan), targets)))
     assert bool(jnp.isnan(losses.mse(logits.at[2, 1, 0].set(jnp.nan), logits)))
+    spoilt = logits.at[T - 1, 1, 0].set(jnp.nan)  # at a step that MASK leaves out
+    assert bool(jnp.isnan(losses.accuracy(spoilt, targets)))
+    assert float(losses.accuracy(spoilt, targets, MASK)) == float(losses.accuracy(logits, targets, MASK))
+    # one NaN per step, so that no step is left whose largest logit means something
+    assert bool(jnp.isnan(losses.accuracy(jnp.full((T, V), jnp.nan), jnp.zeros(T, int))))
 
 
 def test_one_step():

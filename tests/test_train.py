@@ -13,6 +13,7 @@ import typing
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
@@ -395,3 +396,22 @@ def test_a_diverged_run_is_one_line_with_code_1(tmp_path, capsys):
     assert len(error.strip().splitlines()) == 1
     assert "update" in error
     assert "checkpoint" in error
+
+
+def test_agreement_is_measured_distance_by_distance(tmp_path):
+    """A network that always says "was" is right for half of the verbs at every distance; one that knows, for all."""
+    config = dataclasses.replace(train.smoke(train.Config(task="agreement")), steps=20)
+    problem = train.build_problem(train._shared(config))
+    params = problem.model.init(jax.random.key(0))
+    says_was = params._replace(
+        readout=params.readout._replace(w=jnp.zeros_like(params.readout.w), b=jnp.array([1.0, 0.0]))
+    )
+    many = dataclasses.replace(config, eval_sequences=2000)
+    accuracy = train.accuracy_by_distance(many, problem, says_was, jax.random.key(1))
+    assert accuracy["distance"].values.tolist() == [10, 15, 20, 30, 40]
+    # four standard errors of 2,000 draws
+    np.testing.assert_allclose(accuracy, 0.5, atol=4 * 0.5 / np.sqrt(2000))
+    assert accuracy.values.std() > 0  # drawn anew for every distance
+    dataset = train.run(dataclasses.replace(config, updates=20), tmp_path)
+    assert dataset["accuracy_by_distance"].shape == (2, 5)
+    assert "(trained up to 20)" in train.summary(dataset)

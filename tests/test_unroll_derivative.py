@@ -318,3 +318,107 @@ def test_sharded_over_the_batch():
         [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", ["gru_before", pytest.param("stack", marks=pytest.mark.slow)])
+def test_checkpointed_batch_of_a_cell_that_is_not_affine(name, x64):
+    ex = example(name, dtype="float64", num_steps=5)
+    states, xs = batch_of(ex)
+    taps = random_taps(ex.cell, 5, (2,))
+
+    def both(options):
+        run = lambda *a: score(rg.unroll(ex.cell, *a[:3], taps=a[3], **options))
+        return jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2, 3)))(ex.params, states, xs, taps)
+
+    close(both({"checkpoint_every": 2}), both({}))
+
+
+def test_checkpointed_map(x64):
+    decay = rg.map_cell(lambda s, x: 0.9 * s)
+    run = lambda s: rg.unroll(decay, None, s, jnp.zeros((5, 0)), checkpoint_every=2).final
+    np.testing.assert_allclose(jax.jacrev(run)(jnp.ones(2)), 0.9**5 * np.eye(2), rtol=1e-14)
+
+
+def test_taps_under_vmap_and_linearize(x64):
+    ex = example("gru_after", dtype="float64", num_steps=4)
+    gradient = lambda taps: jax.grad(lambda t: score(rg.unroll(ex.cell, ex.params, ex.state, ex.xs, taps=t)))(taps)
+    taps = [rg.zero_taps(ex.cell, 4), random_taps(ex.cell, 4)]
+    mapped = jax.vmap(gradient)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *taps))
+    for index, one in enumerate(taps):
+        close(jax.tree.map(lambda leaf, i=index: leaf[i], mapped), gradient(one))
+    run = lambda params: rg.unroll(ex.cell, params, ex.state, ex.xs).states
+    direction = jax.tree.map(jnp.ones_like, ex.params)
+    close(jax.linearize(run, ex.params)[1](direction), jax.jvp(run, (ex.params,), (direction,))[1])
+
+
+def test_second_derivatives_in_parameters_and_taps(x64):
+    ex = example("vanilla_tanh", dtype="float64", num_steps=3)
+
+    def both(run):
+        def loss(params, taps):
+            return score(run(ex.cell, params, ex.state, ex.xs, taps))
+
+        pushed = lambda p, t: jax.jvp(
+            lambda *a: jax.grad(loss, (0, 1))(*a), (p, t), (p, jax.tree.map(jnp.ones_like, t))
+        )
+        return pushed(ex.params, rg.zero_taps(ex.cell, 3))[1]
+
+    close(both(lambda c, p, s, x, t: rg.unroll(c, p, s, x, taps=t)), both(plain))
+
+
+def test_a_state_made_an_integer_is_seen():
+    """The derivative of a rounding is 0, its value is not."""
+    ex = example("lstm")
+    rounded = lambda state: state._replace(h=state.h.astype(jnp.int32).astype(state.h.dtype))
+    cell = ex.cell._replace(preactivate=lambda params, s, x: ex.cell.preactivate(params, rounded(s), x))
+    assert not reads_state_affinely(cell)
+    state = ex.state._replace(h=jnp.array([2.5, -1.2, 3.0, 0.7]))
+    close(rg.unroll(cell, ex.params, state, ex.xs), plain(cell, ex.params, state, ex.xs), rtol=2e-6, atol=1e-6)
+
+
+def test_cells_may_close_over_what_is_differentiated(x64):
+    ex = example("lstm", dtype="float64")
+
+    def loss(run, scale):
+        louder = lambda params, z, state: ex.cell.update(params, jax.tree.map(lambda leaf: scale * leaf, z), state)
+        return score(run(ex.cell._replace(update=louder), ex.params, ex.state, ex.xs))
+
+    for scale in (1.0, 0.3):
+        found = jax.grad(functools.partial(loss, rg.unroll))(scale)
+        np.testing.assert_allclose(found, jax.grad(functools.partial(loss, plain))(scale), rtol=1e-12)
+        assert found != 0
+
+
+def test_preactivations_may_hold_truth_values(x64):
+    ex = example("vanilla_tanh", dtype="float64")
+    cell = ex.cell._replace(
+        preactivate=lambda params, s, x: (ex.cell.preactivate(params, s, x), s.h > 0),
+        update=lambda params, z, s: ex.cell.update(
+            params, jax.tree.map(lambda leaf: jnp.where(z[1], leaf, 0.5 * leaf), z[0]), s
+        ),
+    )
+    gradient = lambda run: jax.grad(lambda p: score(run(cell, p, ex.state, ex.xs).states))(ex.params)
+    close(gradient(rg.unroll), gradient(plain))
+
+
+def test_bfloat16_gradients_follow_float32():
+    ex = example("lstm", dtype="bfloat16")
+    wide = example("lstm")
+    loss = lambda cell, params, state, xs, taps: jnp.sum(rg.unroll(cell, params, state, xs, taps=taps).final.h)
+    found = jax.grad(functools.partial(loss, ex.cell), (0, 3))(ex.params, ex.state, ex.xs, rg.zero_taps(ex.cell, 6))
+    cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+    arguments = (cast(ex.params), cast(ex.state), cast(ex.xs), rg.zero_taps(wide.cell, 6))
+    expected = jax.grad(functools.partial(loss, wide.cell), (0, 3))(*arguments)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == jnp.bfloat16
+        # 8 bits, a dozen roundings, against the largest entry
+        np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=0, atol=0.05 * np.abs(other).max())
+
+
+def test_zero_taps_follow_the_users_precision():
+    """A float64 cell first used without 64 bits, as in a notebook that switches them on later."""
+    cell = rg.cells.vanilla(2, 3, dtype="float64")
+    with pytest.warns(UserWarning, match="float64"):
+        assert rg.zero_taps(cell, 2).direct.h.dtype == jnp.float32
+    with jax.enable_x64(True):
+        assert rg.zero_taps(cell, 2).direct.h.dtype == jnp.float64
