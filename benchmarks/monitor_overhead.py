@@ -1,13 +1,16 @@
 """What the gradient-flow monitor adds to training, at its default interval.
 
 ``rg.training.fit`` with and without a monitor, same model, data and optimizer, at the size of a task (adding, T = 100)
-and of Zaremba's small language model.  That both runs end with the same weights, bit for bit, is asserted first.
+and of Zaremba's small language model.  Both write JSON lines and TensorBoard events, into a temporary folder.  That both
+runs end with the same weights, bit for bit, is asserted first.
 """
 
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +20,9 @@ import optax
 
 import rnngrad as rg
 from benchmarks.harness import Row, milliseconds, ratio, timed
+
+NUM_INTERVALS = 4
+"""Long enough that the measurement at step 1, which comes beside those of the intervals, weighs little."""
 
 
 class Problem(NamedTuple):
@@ -51,7 +57,7 @@ def language(num_steps: int, hidden_size: int, batch_size: int, vocabulary_size:
 
 
 def run(*, smoke: bool = False) -> list[Row]:
-    """Returns the ratio for both, over two intervals of the monitor."""
+    """Returns the ratio for both, over a few intervals of the monitor."""
     every = 10 if smoke else rg.training.Monitor().every
     problems = (
         (adding(10, 4, 2), language(5, 4, 2, 7)) if smoke else (adding(100, 128, 50), language(35, 200, 20, 10_000))
@@ -62,16 +68,18 @@ def run(*, smoke: bool = False) -> list[Row]:
         start = rg.training.initial_state(problem.model, optimizer, jax.random.key(0), problem.batches[0].mask.shape[1])
 
         def train(monitor: Any, problem: Problem = problem, optimizer: Any = optimizer, start: Any = start) -> Any:
-            fitted = rg.training.fit(
-                problem.model,
-                problem.loss,
-                optimizer,
-                start,
-                lambda step: problem.batches[step % len(problem.batches)],
-                # a first measurement comes at step 1: the interval's own is the one at its end
-                num_steps=2 * every,
-                monitor=monitor,
-            )
+            with tempfile.TemporaryDirectory() as folder:
+                logs = [rg.training.jsonl_log(Path(folder) / "log.jsonl"), rg.training.tensorboard_log(Path(folder))]
+                fitted = rg.training.fit(
+                    problem.model,
+                    problem.loss,
+                    optimizer,
+                    start,
+                    lambda step: problem.batches[step % len(problem.batches)],
+                    num_steps=NUM_INTERVALS * every,
+                    monitor=monitor,
+                    logs=logs,
+                )
             return fitted.state.params
 
         functions: dict[str, Callable[[], Any]] = {
@@ -83,7 +91,12 @@ def run(*, smoke: bool = False) -> list[Row]:
             np.testing.assert_array_equal(one, other)
         timings = timed(functions, 2 if smoke else 5)
         value, spread = ratio(timings, "with monitor", "without")
-        details = {"steps": 2 * every, "measurements": 3, "dtype": "float32", "timings": milliseconds(timings)}
+        details = {
+            "steps": NUM_INTERVALS * every,
+            "measurements": NUM_INTERVALS + 1,
+            "dtype": "float32",
+            "timings": milliseconds(timings),
+        }
         what = f"time of training with the monitor / without, {problem.name}"
         rows.append(Row("monitor_overhead", what, value, spread, "≤ 1.05", value <= 1.05, details))
     return rows

@@ -237,7 +237,8 @@ def cross_entropy(
 
     Raises:
       ValueError: shapes, dtypes or options that do not fit; where the values are known, a target that is no class, a
-        weight that is negative or not finite, or a mask of zeros alone.  Under ``jit`` a target that is no class makes the loss NaN.
+        weight that is negative or not finite, or a mask of zeros alone.  Under ``jit`` a target that is no class makes
+        the loss NaN.
 
     >>> import jax.numpy as jnp
     >>> import rnngrad as rg

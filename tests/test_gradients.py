@@ -14,7 +14,7 @@ from tests.cases import CASES, example, rows
 
 # float64, a few steps: sums of a few hundred products in another order
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
-some_cells_fast = rows(CASES, fast=("vanilla_tanh", "lstm", "gru_before", "lru", "stack"))
+some_cells_fast = rows(CASES, fast=("lstm",))
 
 
 def score(states):
@@ -120,6 +120,7 @@ def test_bptt_of_an_exploding_network():
     assert np.isfinite(longer.scaled_grads.b.mantissa).all()
 
 
+@pytest.mark.slow
 def test_weights_gradient_where_float32_has_died():
     """Only the first input is not zero: W's gradient is the cotangent that came all the way, b's is another's."""
     xs = np.zeros((150, 3))
@@ -140,6 +141,7 @@ def test_weights_gradient_where_float32_has_died():
     assert not flow.grads.w_ih.any()  # as plain numbers: out of range
 
 
+@pytest.mark.slow
 def test_one_step_under_jit_and_vmap(x64):
     ex = example("lstm", dtype="float64", num_steps=1)
     expected = jax.grad(lambda p: score(rg.unroll(ex.cell, p, ex.state, ex.xs).states))(ex.params)
@@ -177,7 +179,7 @@ def test_bptt_of_a_map(x64):
     assert flow.gate_cotangents is None
 
 
-@rows(CASES, fast=("vanilla_tanh", "lstm", "lru"))
+@rows(CASES, fast=("vanilla_tanh",))
 def test_rtrl_equals_bptt(name, x64):
     ex = example(name, dtype="float64", num_steps=5)
     online = rg.rtrl(ex.cell, ex.params, ex.state, ex.xs, score)
@@ -185,6 +187,7 @@ def test_rtrl_equals_bptt(name, x64):
     close((online.loss, online.grads), (flow.loss, flow.grads))
 
 
+@pytest.mark.slow
 def test_rtrl_influence_is_the_derivative_of_the_last_state(x64):
     ex = example("gru_after", dtype="float64")
     online = rg.rtrl(ex.cell, ex.params, ex.state, ex.xs, lambda states: states.h[-1].sum())
@@ -215,7 +218,10 @@ def _truncated_loop(ex, window, stride):
     return total
 
 
-@pytest.mark.parametrize(("window", "stride"), [(1, 1), (3, 3), (4, 2), (5, 3), (7, 7), (40, 2)])
+@pytest.mark.parametrize(
+    ("window", "stride"),
+    [(3, 3), (5, 3), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((1, 1), (4, 2), (7, 7), (40, 2)))],
+)
 def test_truncated_bptt_equals_a_loop_over_blocks(window, stride, x64):
     ex = example("lstm", dtype="float64", num_steps=7)
     cut = rg.truncated_bptt(ex.cell, ex.params, ex.state, ex.xs, score, window=window, stride=stride)
@@ -231,6 +237,7 @@ def test_truncated_bptt_equals_a_loop_over_blocks(window, stride, x64):
         assert cut.relative_error > 1e-3
 
 
+@pytest.mark.slow
 def test_truncated_bptt_in_a_batch_is_the_sum_over_sequences(x64):
     ex = example("gru_after", dtype="float64")
     states, xs = batch_of(ex)

@@ -19,7 +19,7 @@ from tests.cases import CASES, example, rows
 
 # float64, six steps: sums of a few hundred products in another order
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
-some_cells_fast = rows(CASES, fast=("vanilla_tanh", "lstm", "gru_before", "peephole_lstm", "lru", "stack"))
+some_cells_fast = rows(CASES, fast=("lstm", "gru_before", "lru"))
 
 
 def plain(cell, params, state, xs, taps=None):
@@ -93,6 +93,7 @@ def test_forward_mode_equals_the_plain_scan(name, x64):
     close(ours, jax.jit(lambda p, t: jax.jvp(lambda *a: plain(ex.cell, *a), p, t))(point, tangent))
 
 
+@pytest.mark.slow
 def test_jacfwd_jacrev_and_hessian(x64):
     ex = example("lstm", dtype="float64", num_steps=4)
     end = lambda run, h: run(ex.cell, ex.params, ex.state._replace(h=h), ex.xs).final.c
@@ -105,7 +106,7 @@ def test_jacfwd_jacrev_and_hessian(x64):
     close(jax.jacrev(jax.grad(functools.partial(square, rg.unroll)))(ex.state.h), expected)
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru_after"])
+@pytest.mark.parametrize("name", [pytest.param("lstm", marks=pytest.mark.slow), "gru_after"])
 def test_under_vmap_over_sequences_and_over_networks(name, x64):
     ex = example(name, dtype="float64")
     states, xs = batch_of(ex)
@@ -117,7 +118,7 @@ def test_under_vmap_over_sequences_and_over_networks(name, x64):
     close(over_networks(rg.unroll), over_networks(plain))
 
 
-@pytest.mark.parametrize("every", [1, 2, 4, 6, 100])
+@pytest.mark.parametrize("every", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 6, 100))])
 def test_checkpointed_run_is_the_same(every, x64):
     """6 steps in chunks of 1, 2, 4 (which leaves 2), 6 and one chunk longer than the run."""
     ex = example("lstm", dtype="float64")
@@ -320,7 +321,7 @@ def test_sharded_over_the_batch():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("name", ["gru_before", pytest.param("stack", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ("gru_before", "stack")])
 def test_checkpointed_batch_of_a_cell_that_is_not_affine(name, x64):
     ex = example(name, dtype="float64", num_steps=5)
     states, xs = batch_of(ex)
@@ -339,6 +340,7 @@ def test_checkpointed_map(x64):
     np.testing.assert_allclose(jax.jacrev(run)(jnp.ones(2)), 0.9**5 * np.eye(2), rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_taps_under_vmap_and_linearize(x64):
     ex = example("gru_after", dtype="float64", num_steps=4)
     gradient = lambda taps: jax.grad(lambda t: score(rg.unroll(ex.cell, ex.params, ex.state, ex.xs, taps=t)))(taps)
@@ -351,6 +353,7 @@ def test_taps_under_vmap_and_linearize(x64):
     close(jax.linearize(run, ex.params)[1](direction), jax.jvp(run, (ex.params,), (direction,))[1])
 
 
+@pytest.mark.slow
 def test_second_derivatives_in_parameters_and_taps(x64):
     ex = example("vanilla_tanh", dtype="float64", num_steps=3)
 
