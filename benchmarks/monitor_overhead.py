@@ -1,8 +1,8 @@
 """What the gradient-flow monitor adds to training, at its default interval.
 
 ``rg.training.fit`` with and without a monitor, same model, data and optimizer, at the size of a task (adding, T = 100)
-and of Zaremba's small language model.  Both write JSON lines and TensorBoard events, into a temporary folder.  That both
-runs end with the same weights, bit for bit, is asserted first.
+and of Zaremba's small language model.  Both write JSON lines and TensorBoard events, into a temporary folder.  That
+both end with the same weights, bit for bit, is asserted first.
 """
 
 from __future__ import annotations

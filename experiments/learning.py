@@ -1,14 +1,15 @@
 """What the two training commands share: presets, one run with its files, the stored history, the figure.
 
-A run writes into one folder: ``log.jsonl`` (every record), ``checkpoints/``, and on demand ``tensorboard/`` or
-``wandb/``.  The stored result is read off the records alone, so an interrupted run that was resumed gives the result of
-an undisturbed one.
+A run writes into one folder: ``log.jsonl`` (every record), ``checkpoints/``, TensorBoard events in ``tensorboard/``
+unless ``--logs`` leaves them out, and on demand ``wandb/``.  The stored result is read off the records alone, so an
+interrupted run that was resumed gives the result of an undisturbed one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import sys
 import time
@@ -54,21 +55,19 @@ def forget_bias(words: str | None, steps: int) -> Any:
     """
     if words is None:
         return None
-    scheme, _, argument = words.partition(":")
     if words == "ugi":
         return rg.initializers.ugi()
+    is_chrono = words.partition(":")[0] == "chrono"
     try:
-        if scheme == "chrono":
-            with command.user_input():
-                return rg.initializers.chrono(float(argument) if ":" in words else max(steps, 2))
-        value = float(words)
-    except UserError:
-        raise
+        number = float(max(steps, 2)) if words == "chrono" else float(words.removeprefix("chrono:"))
     except ValueError:
-        value = float("nan")
-    if not np.isfinite(value):
+        number = math.nan
+    if not math.isfinite(number):
         raise UserError(f"--forget-bias: expected a number, chrono, chrono:T or ugi, found {words}")
-    return value
+    if not is_chrono:
+        return number
+    with command.user_input():
+        return rg.initializers.chrono(number)
 
 
 def build_cell(name: str, input_size: int, hidden_size: int, *, init: str, bias: str | None, steps: int) -> rg.Cell:
@@ -119,20 +118,56 @@ def build_optimizer(
     )
 
 
-def check_at_least(config: Any, least: Mapping[str, float]) -> None:
-    """Raises UserError for a setting below its least value; one that is None is left out."""
+NUM_SEEDS = 2**32
+"""JAX makes a key of the lowest 32 bits of a seed: others would repeat."""
+
+
+def check_seeds(flag: str, first: int, number: int = 1) -> None:
+    """Raises UserError for seeds from ``first`` on that are not different ones to JAX."""
+    if not 0 <= first <= NUM_SEEDS - number:
+        raise UserError(f"{flag}: expected seeds of at least 0 and below 2**32, found {first} … {first + number - 1}")
+
+
+def check_at_least(config: Any, least: Mapping[str, int]) -> None:
+    """Raises UserError for a whole number below its least value; one that is None is left out."""
     for name, lowest in least.items():
         value = getattr(config, name)
-        if value is not None and not (np.isfinite(value) and value >= lowest):
-            raise UserError(f"--{name.replace('_', '-')}: expected at least {lowest:g}, found {value:g}")
+        if value is not None and value < lowest:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least {lowest}, found {value}")
 
 
 def check_positive(config: Any, names: Sequence[str]) -> None:
     """Raises UserError for a setting that is not a positive number; one that is None is left out."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not (np.isfinite(value) and value > 0):
+        if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"--{name.replace('_', '-')}: expected a positive number, found {value:g}")
+
+
+def check_result(file: Path, experiment: str, config: Any, may_change: Sequence[str]) -> None:
+    """Raises UserError where a result lies in ``file`` that was made with other settings, and would be lost.
+
+    Args:
+      file: the result file of the run's folder; it need not exist.
+      experiment: the command's name.
+      config: the settings now.
+      may_change: those that may differ.
+    """
+    if not file.exists():
+        return
+    with command.user_input():
+        stored = json.loads(results.load(file, experiment=experiment).attrs["config"])
+    now = json.loads(json.dumps(command.config_dict(config)))
+    changed = [
+        f"{name}: expected {stored.get(name, 'missing')!r}, found {now.get(name, 'missing')!r}"
+        for name in sorted({*stored, *now} - {*may_change})
+        if stored.get(name, "missing") != now.get(name, "missing")
+    ]
+    if changed:
+        raise UserError(
+            f"{file} was made with another configuration: {'; '.join(changed)}; choose another folder, or the former "
+            "settings to resume"
+        )
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
@@ -149,9 +184,7 @@ class Trained(NamedTuple):
     """Those of the best evaluation."""
     num_parameters: int
     seconds: float
-    """Wall time of all sittings that ended by themselves."""
-    updates: int
-    """Updates made in them."""
+    """Wall time of these updates, in however many sittings; what was lost after a last checkpoint does not count."""
 
 
 def _logs(names: Sequence[LogName], folder: Path, config: Mapping[str, Any]) -> list[Any]:
@@ -164,14 +197,15 @@ def _logs(names: Sequence[LogName], folder: Path, config: Mapping[str, Any]) -> 
 
 
 @contextlib.contextmanager
-def _checkpoint_errors() -> Iterator[None]:
-    """Marks what is wrong with a folder's checkpoints as the user's to put right; other errors keep their traceback."""
+def _folder_errors() -> Iterator[None]:
+    """Marks what is wrong with a folder's contents as the user's to put right; other errors keep their traceback."""
     try:
         yield
     except (
         rg.training.ConfigChangedError,
         rg.training.CorruptCheckpointError,
         rg.training.ForeignCheckpointError,
+        rg.training.ForeignLogError,
     ) as error:
         raise UserError(str(error)) from error
 
@@ -209,17 +243,19 @@ def train(
     """Returns the run, after resuming what the folder holds of it; shows a progress bar.
 
     Raises:
-      UserError: the folder holds another run, or nothing readable.
+      UserError: the folder holds another run, a longer one, or nothing readable.
       OSError: the folder cannot be written to.
       NonFiniteLossError: training diverged.
     """
-    started = time.perf_counter()
     file = folder / "log.jsonl"
+    checkpoints = rg.training.Checkpoints(folder / "checkpoints", identity)
+    if checkpoints.latest_step() is not None and not (file.is_file() and _has_evaluation(file)):
+        raise UserError(f"{file}: expected the records of the checkpoints beside it, found none; choose another folder")
     state = rg.training.initial_state(model, optimizer, key, batch_size)
     num_parameters = rg.training.count_parameters(state.params)
     with command.user_input():  # a package that is not installed
         written = _logs(logs, folder, identity)
-    with command.progress(screen) as bar, _checkpoint_errors(), _one_line_warnings():
+    with command.progress(screen) as bar, _folder_errors(), _one_line_warnings():
         task = bar.add_task(title, total=updates)
 
         def show(progress: Any) -> None:
@@ -237,35 +273,32 @@ def train(
             evaluate=evaluate,
             eval_every=eval_every,
             patience=patience,
-            # a divisor of eval_every, so that a stop on an evaluation comes right behind it
-            log_every=math.gcd(10, eval_every),
+            log_every=10,
             logs=written,
             monitor=rg.training.Monitor(every=monitor_every),
-            checkpoints=rg.training.Checkpoints(folder / "checkpoints", identity),
+            checkpoints=checkpoints,
             checkpoint_every=checkpoint_every,
             on_progress=show,
             should_stop=should_stop,
         )
     made = int(fitted.state.step) - (fitted.resumed_from or 0)
+    held = int(fitted.state.step)
+    if held > updates:
+        raise UserError(f"the folder holds {held:,} updates, expected --updates of at least {held}")
     if fitted.resumed_from is not None:
         screen.print(f"{title}: resumed after update {fitted.resumed_from:,}, {made:,} more", highlight=False)
-    if made:
-        log = rg.training.jsonl_log(file)
-        log.start(int(fitted.state.step))
-        sitting = {"seconds": round(time.perf_counter() - started, 3), "updates": made}
-        log.write({"kind": "sitting", "step": int(fitted.state.step), **sitting})
-        log.close()
-    records = rg.training.read_jsonl(file)
-    sittings = [record for record in records if record["kind"] == "sitting"]
     return Trained(
-        records,
+        rg.training.read_jsonl(file),
         fitted.state.params,
         int(fitted.state.step),
         fitted.best_params,
         num_parameters,
-        sum(record["seconds"] for record in sittings),
-        sum(record["updates"] for record in sittings),
+        fitted.seconds,
     )
+
+
+def _has_evaluation(file: Path) -> bool:
+    return any(record["kind"] == "evaluation" for record in rg.training.read_jsonl(file))
 
 
 # --- what is stored --------------------------------------------------------------------------------------------------
@@ -281,10 +314,13 @@ _DESCRIPTIONS = {
         "log of ‖∂L/∂s_{{T−lag}}‖ over that at lag 0, L the last step's loss, mean over sequences",
     ),
     "decay_rate": ("nats per step", "least-squares slope of log_retention"),
-    "half_life": ("steps", "lag over which the fit of log_retention halves; inf when it does not decay"),
+    "half_life": ("steps", "lag over which retention halves, by decay_rate; inf when it does not decay"),
     "direct_share": ("1", "share of the gradient that goes back along the direct path"),
     "gate_share": ("1", "share of ‖∂L/∂z‖² by pre-activation"),
-    "horizon": ("steps", f"first lag at which retention is below {KEPT:g}; −1 when there is none"),
+    "horizon": (
+        "steps",
+        f"first lag at which retention is below {KEPT:g}; −1 when there is none, NaN when no gradient was there",
+    ),
     "clip_fraction": ("1", "share of all updates so far that were clipped"),
 }
 
@@ -295,9 +331,13 @@ def _number(value: Any, *, nothing: float) -> float:
 
 
 def horizon(log_retention: np.ndarray) -> np.ndarray:
-    """Returns the first lag (last axis) at which retention is below :data:`KEPT`, −1 where there is none."""
+    """Returns the first lag (last axis) at which retention is below :data:`KEPT`, −1 where there is none.
+
+    NaN where nothing was measured.
+    """
     below = log_retention < np.log(KEPT)
-    return np.where(below.any(axis=-1), below.argmax(axis=-1), -1)
+    found = np.where(below.any(axis=-1), below.argmax(axis=-1), -1)
+    return np.where(np.isnan(log_retention[..., 0]), np.nan, found)
 
 
 def history(
@@ -344,15 +384,21 @@ def _flow_history(flow: Sequence[Mapping[str, Any]], reach: Callable[[int], int]
     def by_layer(value: Callable[[Mapping[str, Any]], Any]) -> np.ndarray:
         return np.array([[value(layer) for layer in of_record] for of_record in layers], dtype=float)
 
-    # JSON's None is −inf, a gradient of 0, at every lag that a sequence has, and NaN beyond
+    # JSON's None is −inf, a gradient of 0, at every lag that a sequence has, and NaN beyond; at lag 0, which is 0 nats
+    # wherever there is a gradient, it says that there was none
     retention = by_layer(lambda layer: [_number(v, nothing=-np.inf) for v in layer["log_retention"]])
     for record, measured in zip(flow, retention, strict=True):
         measured[:, reach(record["step"]) + 1 :] = np.nan
+        measured[np.isneginf(measured[:, 0])] = np.nan
+
+    def half_life(layer: Mapping[str, Any]) -> float:
+        return np.nan if layer["decay_rate"] is None else _number(layer["half_life"], nothing=np.inf)
+
     return xr.Dataset(
         {
             "log_retention": (("flow_update", "layer", "lag"), retention),
             "decay_rate": (("flow_update", "layer"), by_layer(lambda a: _number(a["decay_rate"], nothing=np.nan))),
-            "half_life": (("flow_update", "layer"), by_layer(lambda a: _number(a["half_life"], nothing=np.inf))),
+            "half_life": (("flow_update", "layer"), by_layer(half_life)),
             "direct_share": (("flow_update", "layer"), by_layer(lambda a: _number(a["direct_share"], nothing=np.nan))),
             "gate_share": (
                 ("flow_update", "layer", "gate"),
@@ -372,7 +418,7 @@ def _flow_history(flow: Sequence[Mapping[str, Any]], reach: Callable[[int], int]
 
 def matmul_precision() -> str:
     """Returns the precision of the matrix products of training: JAX's setting, unlike the chains' own."""
-    return jax.config.jax_default_matmul_precision or "default"
+    return jax.config.values["jax_default_matmul_precision"] or "default"
 
 
 def last(values: xr.DataArray) -> float:
@@ -392,8 +438,8 @@ def horizons(dataset: xr.Dataset) -> str:
     if "horizon" not in dataset:
         return "—"
     longest = dataset.sizes["lag"] - 1
-    found = [int(value) for value in last_flow(dataset)["horizon"].values]
-    return " / ".join(f"> {longest}" if value < 0 else f"{value}" for value in found)
+    found = last_flow(dataset)["horizon"].values
+    return " / ".join("—" if np.isnan(value) else f"> {longest}" if value < 0 else f"{value:.0f}" for value in found)
 
 
 # --- the figure ------------------------------------------------------------------------------------------------------
@@ -623,7 +669,8 @@ def execute(driver: Driver, config: Any, *, out: Path | None, show: Path | None)
         with results.whole_file(folder / f"{driver.name}.png") as temporary:
             figure(dataset).savefig(temporary, dpi=150)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command resumes from the last checkpoint", file=sys.stderr)
+        note = "the same command resumes from the last checkpoint, or starts anew if there is none yet"
+        print(f"\ninterrupted: {note}", file=sys.stderr)
         raise SystemExit(130) from None
     except UserError as error:
         command.fail(error, code=2)

@@ -194,7 +194,8 @@ def check(config: Config) -> None:
     least = dict.fromkeys(
         ("steps", "hidden_size", "layers", "batch_size", "updates", "eval_every", "eval_sequences", "monitor_every"), 1
     )
-    learning.check_at_least(config, {**least, "checkpoint_every": 1, "patience": 1, "seeds": 1, "first_seed": 0})
+    learning.check_at_least(config, {**least, "checkpoint_every": 1, "patience": 1, "seeds": 1})
+    learning.check_seeds("--first-seed", config.first_seed, config.seeds)
     learning.check_positive(config, ("learning_rate", "clip"))
     learning.forget_bias(config.forget_bias, config.steps)
 
@@ -364,7 +365,7 @@ def _train_seed(config: Config, problem: Problem, seed: int, folder: Path, scree
     ).assign_attrs(
         num_parameters=trained.num_parameters,
         seconds=trained.seconds,
-        seconds_per_update=trained.seconds / max(trained.updates, 1),
+        seconds_per_update=trained.seconds / max(trained.step, 1),
     )
 
 
@@ -404,6 +405,8 @@ def run(config: Config, folder: Path, screen: rich.console.Console | None = None
       NonFiniteLossError: training diverged.
     """
     check(config)
+    # seeds have folders of their own, the result is one: a new seed would not meet the others' checkpoints
+    learning.check_result(folder / "train.nc", "train", config, MAY_CHANGE)
     screen = screen or rich.console.Console(quiet=True)
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     problem = build_problem(_shared(config))
@@ -528,8 +531,8 @@ def _steps(attrs: Mapping[str, Any]) -> int:
 ABOUT = """Trains a recurrent network on a task and watches how far back its gradient reaches while it learns.
 
 Shows a progress bar and a table, and writes into one folder: the result (netCDF), a figure with the learning curve, the
-heat map of retention over lag and update and the shares by gate, a log (JSON lines) and checkpoints.  The same command
-resumes what was interrupted."""
+heat map of retention over lag and update and the shares by gate, a log (JSON lines), TensorBoard events and
+checkpoints.  The same command resumes what was interrupted."""
 
 DRIVER = learning.Driver("train", ABOUT, run, run_name, table, summary, PRESETS, smoke)
 

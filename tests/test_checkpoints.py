@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -105,6 +106,15 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, tmp_path):
     assert checkpoints.restore(TREE).step == 6
 
 
+def test_a_checkpoint_that_lost_its_name_is_damaged_when_an_older_one_is_ours(tmp_path):
+    checkpoints = _saved(tmp_path, 3, 6)
+    shutil.rmtree(tmp_path / "6" / "meta")
+    with pytest.warns(UserWarning, match=r"/6 does not read back \(its meta is missing\).*resumes from step 3"):
+        restored = checkpoints.restore(TREE)
+    assert restored.step == 3
+    assert checkpoints.steps() == [3]
+
+
 def test_values_that_changed_on_disk_are_noticed(tmp_path):
     """A checkpoint that reads well and holds other numbers than were written."""
     checkpoints = _saved(tmp_path, 3)
@@ -130,6 +140,7 @@ def test_foreign_folders(tmp_path):
     (tmp_path / "one" / "7").mkdir(parents=True)
     with pytest.raises(training.ForeignCheckpointError, match=r"7 is no checkpoint of rnngrad.training"):
         training.Checkpoints(tmp_path / "one", {}).restore(TREE)
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["7"]
 
     checkpoints = _saved(tmp_path / "two", 3)
     meta = tmp_path / "two" / "3" / "meta" / "metadata"
@@ -248,14 +259,39 @@ def test_a_new_run_moves_older_json_lines_aside(tmp_path):
     _write(training.jsonl_log(file), None, RECORDS[:1])
     assert training.read_jsonl(file) == RECORDS[:1]
     assert (tmp_path / "records.jsonl.old").read_bytes() == before
+    _write(training.jsonl_log(file), None, RECORDS[:2])  # and again: nothing is lost
+    assert (tmp_path / "records.jsonl.old").read_bytes() == before
+    assert training.read_jsonl(tmp_path / "records.jsonl.old-2") == RECORDS[:1]
 
 
-@pytest.mark.parametrize("content", ["my notes\n", "[1]\n", '{"no": "step"}\n'])
+@pytest.mark.parametrize("start", [None, 3])
+def test_half_of_a_first_record_is_no_other_file(start, tmp_path):
+    file = tmp_path / "records.jsonl"
+    file.write_text('{"kind": "evaluation", "st')
+    _write(training.jsonl_log(file), start, RECORDS[:1])
+    assert training.read_jsonl(file) == RECORDS[:1]
+
+
+RECORD = '{"kind": "train", "step": 1}\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "my notes\n",
+        "my notes",
+        "[1]\n",
+        '{"no": "step"}\n',
+        '{"step": 1}\n',
+        '{"kind": "train", "step": "1"}\n',
+        f"{RECORD}#\n{RECORD}",  # damaged in the middle: not by a kill, and the rest would be cut off
+    ],
+)
 def test_a_file_of_something_else_is_left_as_it_is(content, tmp_path):
     file = tmp_path / "records.jsonl"
     file.write_text(content)
     for start in (None, 3):
-        with pytest.raises(ValueError, match="expected records of a run, found something else"):
+        with pytest.raises(training.ForeignLogError, match="expected records of a run, found something else"):
             training.jsonl_log(file).start(start)
     assert file.read_text() == content
 
@@ -288,12 +324,43 @@ def test_tensorboard_events_read_back(tmp_path):
     _write(training.tensorboard_log(tmp_path), None, RECORDS)
     assert _events(tmp_path) == [
         (0, "evaluation/loss", 1.5),
-        (1, "flow/layer_0/log_retention/lag_1", -0.5),
-        (1, "flow/layer_0/gate_share/f", 0.25),
+        (1, "flow/layer_1/log_retention/lag_1", -0.5),
+        (1, "flow/layer_1/gate_share/f", 0.25),
         (4, "train/loss", pytest.approx(0.3)),
         (4, "train/clip_fraction", 0.5),
         (8, "train/clip_fraction", 0.0),
     ]
+
+
+@pytest.mark.filterwarnings("default")  # the writer's own business
+def test_two_tensorboard_files_of_one_second_are_two(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboardX")
+    monkeypatch.setattr("time.time", lambda: 1.7e9)
+    _write(training.tensorboard_log(tmp_path), None, RECORDS[:1])
+    _write(training.tensorboard_log(tmp_path), 0, RECORDS[2:3])
+    # the file of the first start is read first
+    assert [step for step, _, _ in _events(tmp_path)] == [0, 4, 4]
+
+
+@pytest.mark.parametrize("name", ["jsonl", "tensorboard", "wandb"])
+def test_logs_that_cannot_be_written(name, tmp_path, monkeypatch):
+    if name == "tensorboard":
+        pytest.importorskip("tensorboardX")
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace())
+    place = tmp_path / name
+    if name == "jsonl":
+        place.mkdir()
+    else:
+        place.write_text("a file")
+    logs = {
+        "jsonl": training.jsonl_log,
+        "tensorboard": training.tensorboard_log,
+        "wandb": lambda folder: training.wandb_log(folder, project="p", name="n", config={}),
+    }
+    log = logs[name](place)
+    with pytest.raises(training.NotWritableError, match=f"log .*{name} is not writable: "):
+        log.start(None)
+    log.close()
 
 
 @pytest.mark.parametrize(

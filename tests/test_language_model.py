@@ -147,6 +147,17 @@ def test_presets_are_the_papers_settings():
         assert config.init == "uniform"
 
 
+def test_perplexities_are_ascribed_to_who_found_them():
+    """The header of TensorFlow's ptb_word_lm.py: 115.91, 82.07, 78.29; the paper's table 1: 82.7 and 78.4."""
+    listed = learning.preset_lines(language_model.PRESETS)
+    for words in (
+        "test perplexity 115.9 by TensorFlow's ptb_word_lm.py",
+        "test perplexity 82.1 by TensorFlow's ptb_word_lm.py, 82.7 in the paper",
+        "test perplexity 78.3 by TensorFlow's ptb_word_lm.py, 78.4 in the paper",
+    ):
+        assert words in listed
+
+
 @pytest.mark.parametrize("name", language_model.PRESETS)
 def test_presets_are_listed_with_the_flags_that_make_them(name):
     config, source = language_model.PRESETS[name]
@@ -235,6 +246,7 @@ def test_an_interrupted_run_resumes_with_the_same_command(tiny, config, tmp_path
         with pytest.raises(SystemExit) as stopped:
             learning.execute(language_model.DRIVER, config, out=tmp_path, show=None)
         assert stopped.value.code == 130
+        assert "resumes from the last checkpoint, or starts anew if there is none yet" in capsys.readouterr().err
     learning.execute(language_model.DRIVER, config, out=tmp_path, show=None)
     assert "resumed after update 15" in capsys.readouterr().out
     same_values(results.load(tmp_path / "language_model.nc", experiment="language_model"), tiny)
@@ -314,7 +326,7 @@ def test_smoke_then_show(text, tmp_path, capsys):
     language_model.main(["--smoke", "--text", str(text), "--batch-size", "2", "--out", str(tmp_path / "o")])
     assert "model without memory" in capsys.readouterr().out
     written = {entry.name for entry in (tmp_path / "o").iterdir()}
-    assert written == {"checkpoints", "log.jsonl", "language_model.nc", "language_model.png"}
+    assert written == {"checkpoints", "log.jsonl", "tensorboard", "language_model.nc", "language_model.png"}
     language_model.main(["--show", str(tmp_path / "o" / "language_model.nc"), "--out", str(tmp_path / "again")])
     assert [entry.name for entry in (tmp_path / "again").iterdir()] == ["language_model.png"]
 
@@ -330,6 +342,7 @@ def test_smoke_then_show(text, tmp_path, capsys):
         (["--text", "short.txt"], "need at least"),
         (["--text", "ptb", "--data-dir", "."], "ptb.valid.txt"),
         (["--text", "tinyshakespeare", "--data-dir", "."], "input.txt"),
+        (["--seed", "-1"], "--seed: expected seeds of at least 0 and below 2**32, found -1"),
         (["--steps", "0"], "--steps: expected at least 1, found 0"),
         (["--dropout", "1"], "--dropout: expected a probability in [0, 1), found 1"),
         (["--held-out-share", "1"], "--held-out-share: expected a share between 0 and 1, found 1"),

@@ -50,7 +50,7 @@ CELLS = {
 }
 
 
-@rows(CELLS, fast=["lstm", "gru_before"])
+@rows(CELLS, fast=["lstm"])
 def test_retention_and_shares_equal_products_of_step_jacobians(name, x64):
     """One sequence, one layer: the cotangent of the last state, pulled back step by step by explicit Jacobians."""
     cell = CELLS[name](D, N, dtype="float64")
@@ -249,7 +249,10 @@ def test_norms_of_tiny_and_large_numbers():
 
 @pytest.mark.slow
 def test_overhead_of_the_default_interval():
-    """Work, not seconds: one measurement every 100 steps costs less than 5 steps' worth of compiled operations."""
+    """Work, not seconds: one measurement, of 8 sequences out of 32, costs less than a fifth of a step's operations.
+
+    One every 100 steps then adds 0.2 %; all 32 sequences would cost a third of a step, the weights' gradient left out.
+    """
     model = training.model([cells.lstm(D, 32)], K)
     params, batch = model.init(jax.random.key(0)), _batch(np.ones((50, 32)), "float32")
     state = model.init_state((32,))
@@ -263,4 +266,5 @@ def test_overhead_of_the_default_interval():
         )
 
     flops = [jax.jit(f).lower(params, state, batch).compile().cost_analysis()["flops"] for f in (plain, measured)]
-    assert flops[1] < 5 * flops[0] * training.Monitor().every / 100
+    assert flops[1] < 0.2 * flops[0]
+    assert training.Monitor().every >= 100

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,6 +103,7 @@ def _plain_outputs(model, params, state, inputs):
     return jnp.stack(outputs), tuple(state)
 
 
+@pytest.mark.slow  # the step's test compares the same outputs, through their loss
 def test_model_equals_a_loop_over_steps_and_layers(x64):
     model = training.model([cells.lstm(D, N, dtype="float64"), cells.gru(N, N + 1, dtype="float64")], K)
     params, batch = model.init(jax.random.key(1)), _batch(2, "float64")
@@ -112,6 +114,7 @@ def test_model_equals_a_loop_over_steps_and_layers(x64):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-14), output.final, final)
 
 
+@pytest.mark.slow
 def test_layers_equal_a_stack():
     layers = [cells.lstm(D, N), cells.gru(N, N + 1)]
     stacked = cells.stack(*layers)
@@ -281,6 +284,7 @@ def test_penalty_is_added_and_not_reported():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6), decayed.params, expected)
 
 
+@pytest.mark.slow  # the records' clip fractions are compared with the norms below
 def test_clipping_is_reported():
     optimizer = optax.chain(remedies.clip_by_global_norm(1e-3), optax.sgd(0.1))
     _, metrics = training.train_step(MODEL, _loss, optimizer)(_start(optimizer=optimizer), _batch(0), jnp.array(True))
@@ -394,7 +398,8 @@ def test_resume_is_bit_identical(killed_at, tmp_path, undisturbed):
     expected, records = undisturbed
     assert _equal(fitted.state, expected.state)
     assert _equal(fitted.best_params, expected.best_params)
-    assert fitted._replace(state=0, best_params=0, resumed_from=None) == expected._replace(state=0, best_params=0)
+    without = {"state": 0, "best_params": 0, "resumed_from": None, "seconds": 0}
+    assert fitted._replace(**without) == expected._replace(**without)
     assert training.read_jsonl(tmp_path / "records.jsonl") == records
 
 
@@ -407,7 +412,7 @@ def test_stop_on_request_and_resume(tmp_path, undisturbed):
 
     monitor = training.Monitor(every=6)
     first = _fit(tmp_path, should_stop=stop, monitor=monitor)
-    assert (first.reason, int(first.state.step), seen) == ("asked to stop", 8, [0, 4, 8])
+    assert (first.reason, int(first.state.step), seen) == ("asked to stop", 8, [0, 4, 5, 8])
     second = _fit(tmp_path, monitor=monitor)
     assert second.resumed_from == 8
     assert _equal(second.state, undisturbed[0].state)
@@ -419,10 +424,39 @@ def test_stop_on_request_and_resume(tmp_path, undisturbed):
     assert training.read_jsonl(tmp_path / "records.jsonl") == undisturbed[1]
 
 
+def test_a_stop_on_an_evaluation_comes_right_behind_it():
+    fitted = _fit(should_stop=lambda progress: progress.evaluation["step"] == 5)
+    assert (fitted.reason, int(fitted.state.step), fitted.evaluations[-1]["step"]) == ("asked to stop", 5, 5)
+
+
+def test_seconds_are_those_of_what_is_kept(tmp_path, monkeypatch):
+    """By a clock on which a batch takes one second: a killed sitting counts up to its last checkpoint."""
+    now = [100.0]
+    monkeypatch.setattr(training.loop, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def lasts(step):
+        now[0] += 1
+        return _batch(step)
+
+    def dies(step):
+        if step == 8:
+            raise KilledError
+        return lasts(step)
+
+    assert _fit(batch_at=lasts, num_steps=5).seconds == 5
+    with pytest.raises(KilledError):
+        _fit(tmp_path, batch_at=dies)
+    now[0] += 1000  # between the sittings
+    fitted = _fit(tmp_path, batch_at=lasts)
+    assert (fitted.resumed_from, fitted.seconds) == (6, 14)
+    now[0] += 1000
+    assert _fit(tmp_path, batch_at=lasts).seconds == 14
+
+
 def test_progress_is_shown():
     seen = []
     _fit(on_progress=seen.append, checkpoints=None)
-    assert [progress.step for progress in seen] == [0, 4, 8, 12, 14]
+    assert [progress.step for progress in seen] == [0, 4, 5, 8, 10, 12, 14]
     assert seen[0].record is None
     assert seen[0].evaluation["step"] == 0
     assert seen[1].record["step"] == 4
@@ -537,6 +571,21 @@ def test_an_overflowing_loss_names_the_largest_finite_gradient():
     assert (error.step, error.first_nonfinite_time) == (3, None)
     assert error.largest_gradient_time == 4
     assert np.isfinite(error.log_gradient_norms).all()
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path):
+    """Loss and gradient are finite, the learning rate is not."""
+    model, optimizer = training.model([cells.vanilla(D, N)], K), optax.sgd(math.inf)
+    start = _start(model, optimizer)
+    checkpoints = training.Checkpoints(tmp_path, {})
+    with pytest.raises(
+        training.NonFiniteLossError, match="but the penalty or the new weights are not finite"
+    ) as caught:
+        training.fit(model, _loss, optimizer, start, _batch, num_steps=1, checkpoints=checkpoints, checkpoint_every=1)
+    assert caught.value.step == 1
+    assert math.isfinite(caught.value.loss)
+    assert math.isfinite(caught.value.grad_norm)
+    assert checkpoints.steps() == []
 
 
 def test_a_failed_step_changes_nothing():

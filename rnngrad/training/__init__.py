@@ -7,7 +7,7 @@ from rnngrad.training.checkpoints import (
     ForeignCheckpointError,
     NotWritableError,
 )
-from rnngrad.training.logs import Log, jsonl_log, read_jsonl, tensorboard_log, wandb_log
+from rnngrad.training.logs import ForeignLogError, Log, jsonl_log, read_jsonl, tensorboard_log, wandb_log
 from rnngrad.training.loop import (
     Fitted,
     Metrics,
@@ -29,6 +29,7 @@ __all__ = [
     "Fitted",
     "Flow",
     "ForeignCheckpointError",
+    "ForeignLogError",
     "LayerFlow",
     "LayerTaps",
     "Log",

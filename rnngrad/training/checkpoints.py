@@ -6,7 +6,7 @@ process killed at any moment leaves the previous ones as they were.  Inside:
 * ``arrays``: the bytes of every array of the state and of the best parameters, one after the other.  One array and not
   many, because orbax leaves the reads of the others behind when one of them fails, and they fail later, unasked;
 * ``meta``: JSON: format and version, the configuration, names, dtypes and shapes of the arrays in their order, the
-  SHA-256 of the bytes, and where the loop stood (best loss, evaluations, metrics not yet averaged).
+  SHA-256 of the bytes, and where the loop stood (best loss, evaluations, metrics not yet averaged, seconds).
 
 The digest is there because storage formats detect a shortened file, but not every flipped bit.  A checkpoint that does
 not read back is set aside under the name ``corrupt-<step>`` and the one before it is used, with a warning that says so.
@@ -249,9 +249,13 @@ class Checkpoints:
         """
         self.prepare()
         broken: dict[int, str] = {}
+        nameless: list[int] = []
+        """Steps that do not say whose they are: damaged ones of ours beside one that is, else foreign."""
         for step in reversed(self.steps()):
             if not (self.path(step) / "meta").is_dir():
-                raise ForeignCheckpointError(f"{self.path(step)} is no checkpoint of {_FORMAT}; choose another folder")
+                nameless.append(step)
+                broken[step] = "its meta is missing"
+                continue
             try:
                 restored = self._read(step, like)
             except (ForeignCheckpointError, ConfigChangedError):
@@ -262,6 +266,10 @@ class Checkpoints:
             for bad, reason in broken.items():
                 self._set_aside(bad, reason, instead=step)
             return restored
+        if nameless:
+            raise ForeignCheckpointError(
+                f"{self.path(nameless[0])} is no checkpoint of {_FORMAT}; choose another folder"
+            )
         if broken:
             steps = ", ".join(f"{step} ({reason})" for step, reason in broken.items())
             raise CorruptCheckpointError(f"no checkpoint in {self.folder} reads back: {steps}; choose another folder")

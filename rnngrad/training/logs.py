@@ -8,6 +8,7 @@ it holds beyond that step: those records will come again, equal to the last bit.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -16,8 +17,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
+from rnngrad.training.checkpoints import NotWritableError
+
 Record = Mapping[str, Any]
 """One record: plain Python values by name."""
+
+
+class ForeignLogError(ValueError):
+    """The file holds something else than the records of a run."""
 
 
 @runtime_checkable
@@ -46,6 +53,19 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@contextlib.contextmanager
+def _opening(path: Path) -> Iterator[None]:
+    """Says of what cannot be made or opened that it is a log."""
+    try:
+        yield
+    except OSError as error:
+        raise NotWritableError(f"log {path} is not writable: {error.strerror or error}") from error
+
+
+def _is_record(found: Any) -> bool:
+    return isinstance(found, dict) and isinstance(found.get("kind"), str) and isinstance(found.get("step"), int)
+
+
 def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields every complete record with the position where its line ends, up to the first damaged one."""
     position = 0
@@ -56,9 +76,20 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 record = json.loads(line)
             except ValueError:
                 return
-            if not line.endswith(b"\n") or not isinstance(record, dict) or "step" not in record:
+            if not line.endswith(b"\n") or not _is_record(record):
                 return
             yield position, record
+
+
+def _is_foreign(file: Path) -> bool:
+    """Whether it holds more than records and, behind them, half of one that a kill left."""
+    end = 0
+    for position, _ in _lines(file):
+        end = position
+    with file.open("rb") as stream:
+        stream.seek(end)
+        rest = stream.read()
+    return b"\n" in rest or (end == 0 and rest[:1] not in (b"", b"{"))
 
 
 class _JsonLines:
@@ -67,22 +98,33 @@ class _JsonLines:
         self.stream: IO[bytes] | None = None
 
     def start(self, step: int | None) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        end = 0
-        if self.file.exists():
-            if self.file.stat().st_size and next(_lines(self.file), None) is None:
-                raise ValueError(f"{self.file}: expected records of a run, found something else; nothing was changed")
-            if step is None:
-                # of a run that did not come to its first checkpoint, or whose checkpoints are gone
-                self.file.replace(self.file.with_name(self.file.name + ".old"))
-            else:
-                for position, record in _lines(self.file):
-                    if record["step"] > step:
-                        break
-                    end = position
-        # steps never fall within a run, so everything after `end` is later than `step` or half a line
-        self.stream = self.file.open("ab")
-        self.stream.truncate(end)
+        with _opening(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            end = 0
+            if self.file.exists():
+                if _is_foreign(self.file):
+                    raise ForeignLogError(
+                        f"{self.file}: expected records of a run, found something else; nothing was changed; choose "
+                        "another folder"
+                    )
+                if step is None:
+                    # of a run that did not come to its first checkpoint, or whose checkpoints are gone
+                    self._set_aside()
+                else:
+                    for position, record in _lines(self.file):
+                        if record["step"] > step:
+                            break
+                        end = position
+            # steps never fall within a run, so everything after `end` is later than `step` or half a line
+            self.stream = self.file.open("ab")
+            self.stream.truncate(end)
+
+    def _set_aside(self) -> None:
+        aside, number = self.file.with_name(f"{self.file.name}.old"), 1
+        while aside.exists():
+            number += 1
+            aside = self.file.with_name(f"{self.file.name}.old-{number}")
+        self.file.rename(aside)
 
     def write(self, record: Record) -> None:
         if self.stream is None:
@@ -104,13 +146,14 @@ class _JsonLines:
 def jsonl_log(file: Path) -> Log:
     """Returns a log that appends one JSON object per line, and cuts what a resumed run will write again.
 
-    A run that begins anew moves an older file to ``<name>.old``.
+    A run that begins anew moves an older file to ``<name>.old``, or ``<name>.old-2`` and so on.
 
     Args:
       file: made if need be.
 
     Raises:
-      ValueError: on start, when the file holds something else; it is left as it is.
+      ForeignLogError: on start, when the file holds something else; it is left as it is.
+      NotWritableError: on start, when it cannot be written.
 
     >>> import pathlib, tempfile
     >>> import rnngrad as rg
@@ -146,9 +189,11 @@ _SHOWN_LAGS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 def scalars(record: Record) -> dict[str, float]:
     """Returns the finite numbers of a record under the names a dashboard shows; of curves, chosen lags.
 
+    Layers count from 1, the one nearest to the input.
+
     >>> from rnngrad.training.logs import scalars
     >>> scalars({"kind": "flow", "step": 1, "layers": [{"log_retention": [0.0, -0.5], "gate_share": {"f": 0.25}}]})
-    {'flow/layer_0/log_retention/lag_1': -0.5, 'flow/layer_0/gate_share/f': 0.25}
+    {'flow/layer_1/log_retention/lag_1': -0.5, 'flow/layer_1/gate_share/f': 0.25}
     """
     found: dict[str, float] = {}
 
@@ -165,8 +210,8 @@ def scalars(record: Record) -> dict[str, float]:
 
     for key, value in record.items():
         if key == "layers":
-            for index, layer in enumerate(value):
-                collect(f"{record['kind']}/layer_{index}", layer)
+            for number, layer in enumerate(value, start=1):
+                collect(f"{record['kind']}/layer_{number}", layer)
         elif key not in ("kind", "step"):
             collect(f"{record['kind']}/{key}", value)
     return found
@@ -186,8 +231,14 @@ class _TensorBoard:
         self.writer: Any = None
 
     def start(self, step: int | None) -> None:
-        # events from purge_step on that lie in the folder are hidden
-        self.writer = self.module.SummaryWriter(str(self.folder), purge_step=0 if step is None else step + 1)
+        first = 0 if step is None else step + 1
+        with _opening(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # events from purge_step on that lie in the folder are hidden; files are named by the second, so that
+            # without a suffix a second start within it would write over the first one's, and are read in name order
+            self.writer = self.module.SummaryWriter(
+                str(self.folder), purge_step=first, filename_suffix=f".{first:012d}"
+            )
 
     def write(self, record: Record) -> None:
         for name, value in scalars(record).items():
@@ -212,6 +263,7 @@ def tensorboard_log(folder: Path) -> Log:
 
     Raises:
       ValueError: tensorboardX is not installed; names the extra.
+      NotWritableError: on start, when the folder cannot be made or written to.
 
     >>> import pathlib
     >>> import rnngrad as rg
@@ -228,7 +280,8 @@ class _WandB:
         self.run: Any = None
 
     def start(self, step: int | None) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with _opening(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self.run = self.module.init(
             project=self.project,
             name=self.name,
@@ -263,5 +316,6 @@ def wandb_log(folder: Path, *, project: str, name: str, config: Mapping[str, Any
 
     Raises:
       ValueError: wandb is not installed.
+      NotWritableError: on start, when the folder cannot be made.
     """
     return _WandB(folder, project, name, config)

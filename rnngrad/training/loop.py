@@ -11,14 +11,16 @@ Data are a pure function of the step, ``batch_at(step)``, so that a resumed run 
 seen; with the state of a checkpoint it then repeats it to the last bit, records included.
 
 The host never waits for a single step: metrics stay on the device and are fetched every ``log_every`` steps.  A step
-whose loss or gradient is not finite changes nothing, and neither do those that were sent after it: what is left is the
-state just before it, from which the report is made.
+whose loss, gradient or new weights are not finite changes nothing, and neither do those that were sent after it: what
+is left is the state just before it, from which the report is made.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -51,7 +53,7 @@ class TrainState(NamedTuple):
     key: Key[Array, ""]
     """For dropout; the step is folded in."""
     failed: Bool[Array, ""]
-    """The last step had a loss or gradient that is not finite; the state is the one before it."""
+    """The last step had a loss, gradient or new weights that are not finite; the state is the one before it."""
 
 
 class Metrics(NamedTuple):
@@ -63,6 +65,7 @@ class Metrics(NamedTuple):
     clipped: Bool[Array, ""]
     """The optimizer's clipping counted this step."""
     is_finite: Bool[Array, ""]
+    """Loss with penalty, gradient and new weights are."""
 
 
 class Progress(NamedTuple):
@@ -90,10 +93,12 @@ class Fitted(NamedTuple):
     reason: str
     """"done", "early stop" or "asked to stop"."""
     resumed_from: int | None
+    seconds: float
+    """Wall time of all sittings; of one that was interrupted, up to its last checkpoint."""
 
 
 class NonFiniteLossError(ArithmeticError):
-    """A loss or gradient was NaN or infinite; training stopped before it did harm."""
+    """A loss, a gradient or the weights made from it were NaN or infinite; training stopped before it did harm."""
 
     def __init__(
         self,
@@ -123,9 +128,11 @@ class NonFiniteLossError(ArithmeticError):
             else f"states or outputs are not finite from time step {first_nonfinite_time} on"
         )
         at = float(np.exp(log_gradient_norms[self.largest_gradient_time]))
+        # an infinite learning rate or a penalty, say
+        outside = "" if not math.isfinite(loss + grad_norm) else ", but the penalty or the new weights are not finite"
         super().__init__(
-            f"update {step}: loss {loss:g}, gradient norm {grad_norm:g}; {forward}; the largest gradient by time step, "
-            f"{at:g}, is at {self.largest_gradient_time} of 0 … {len(order) - 1}; last good checkpoint: "
+            f"update {step}: loss {loss:g}, gradient norm {grad_norm:g}{outside}; {forward}; the largest gradient by "
+            f"time step, {at:g}, is at {self.largest_gradient_time} of 0 … {len(order) - 1}; last good checkpoint: "
             f"{checkpoint or 'none'}"
         )
 
@@ -195,7 +202,8 @@ def _jitted_step(model: Model, loss: Loss, optimizer: optax.GradientTransformati
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
-        is_finite = jnp.isfinite(whole) & jnp.isfinite(norm)
+        weights = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]
+        is_finite = functools.reduce(jnp.logical_and, weights, jnp.isfinite(whole) & jnp.isfinite(norm))
         goes_on = is_finite & ~state.failed
         new = state._replace(step=state.step + 1, params=params, opt_state=opt_state, memory=final)
         kept = jax.tree.map(functools.partial(jnp.where, goes_on), new, state)
@@ -324,6 +332,8 @@ class _Standing:
     window: list[list[float]] = dataclasses.field(default_factory=list)
     """(loss, gradient norm, clipped) of the steps since the last "train" record."""
     num_clipped: int = 0
+    seconds: float = 0.0
+    """Wall time up to the last checkpoint, summed over sittings."""
 
 
 class _Run:
@@ -331,6 +341,7 @@ class _Run:
 
     def __init__(self, state: TrainState, best_params: ModelParams, standing: _Standing, logs: Sequence[Log]) -> None:
         self.state, self.best_params, self.standing, self.logs = state, best_params, standing, logs
+        self.clock = time.perf_counter()
         self.sent: list[tuple[int, Metrics]] = []
         """Metrics still on the device, by step."""
         self.flows: list[tuple[int, Flow]] = []
@@ -383,8 +394,14 @@ class _Run:
             standing.without_better += 1
         self.write(record)
 
+    def stop_watch(self) -> None:
+        """Adds the time since the last call, or since the start, to what counts."""
+        now = time.perf_counter()
+        self.standing.seconds, self.clock = self.standing.seconds + now - self.clock, now
+
     def save(self, checkpoints: Checkpoints, step: int) -> None:
         """Writes a checkpoint, after the records that it presupposes."""
+        self.stop_watch()
         for log in self.logs:
             log.flush()
         tree = {"train": self.state, "best": self.best_params}
@@ -464,11 +481,11 @@ def fit(
       monitor: settings of the gradient-flow monitor, None for none.
       checkpoints: where checkpoints go, None for nowhere.
       checkpoint_every: steps between checkpoints; one more is written at the end.
-      on_progress: called at the start, and after every ``log_every`` steps.
-      should_stop: asked after every ``log_every`` steps; a checkpoint is written before the return.
+      on_progress: called at the start, after every ``log_every`` steps and after every evaluation.
+      should_stop: asked at the same moments; a checkpoint is written before the return.
 
     Raises:
-      NonFiniteLossError: NaN or inf in a loss or gradient.
+      NonFiniteLossError: NaN or inf in a loss, a gradient or the weights.
       ValueError: options that make no sense; a checkpoint that is foreign, corrupt or of another configuration.
       NotWritableError: no checkpoint can be written.
 
@@ -556,9 +573,11 @@ def fit(
                 if checkpoints is not None and is_saved:
                     run.save(checkpoints, step)
                     saved_step = step
-                if _reason(step, num_steps, standing, patience, asked) is not None:
+                if is_evaluated:  # which may end training
                     break
-        if checkpoints is not None and saved_step != step:
+        if checkpoints is None:
+            run.stop_watch()
+        elif saved_step != step:
             run.save(checkpoints, step)
     finally:
         for log in logs:
@@ -572,4 +591,5 @@ def fit(
         evaluations=standing.evaluations,
         reason=reason,
         resumed_from=resumed_from,
+        seconds=standing.seconds,
     )
