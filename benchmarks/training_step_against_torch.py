@@ -49,13 +49,13 @@ def run(*, smoke: bool = False) -> list[Row]:
     import torch
 
     rows = []
-    for size in SMOKE_SIZES if smoke else SIZES:
+    for size, repeats in SMOKE_SIZES.items() if smoke else SIZES.items():
         p = problem(*size)
         functions = {"instrumented": instrumented(p), "torch.nn.LSTM": torch_lstm(p)}
         value, (gradient, _) = functions["instrumented"]()
         found, (theirs,) = functions["torch.nn.LSTM"]()
         assert_equal("torch.nn.LSTM", (found, theirs), (value, gradient))
-        timings = timed(functions, 2 if smoke else 11)
+        timings = timed(functions, repeats)
         details = {
             **dict(zip("BTDN", size, strict=True)),
             "dtype": "float32",
