@@ -41,7 +41,7 @@ import xarray as xr
 import rnngrad as rg
 from experiments import command, results
 from experiments.command import Check, UserError
-from experiments.statistics import CONFIDENCE, median_interval
+from experiments.statistics import CONFIDENCE, describe, summarise
 
 Activation = Literal["tanh", "sigmoid", "relu"]
 InitName = Literal["torch", "flax", "equinox", "keras", "haiku", "gaussian", "orthogonal"]
@@ -267,30 +267,25 @@ def derive(dataset: xr.Dataset) -> xr.Dataset:
     tightest = np.minimum(dataset["log_gate_bound"], dataset["log_gate_worst"])
     dataset["gate_excess"] = (term - tightest).max("step")
     dataset["gate_over_direct"] = ((term - dataset["log_direct_term"]) / ln10).median("step")
-    for name in (
-        "log_chain",
-        "looseness",
-        "looseness_slope_1",
-        "rate_slope_1",
-        "bound_rate",
-        "excess",
-        "log_gate_term",
-        "log_gate_bound",
-        "log_gate_worst",
-        "gate_looseness",
-        "gate_worst_looseness",
-        "gate_over_direct",
-    ):
-        variable = dataset[name]
-        dims = tuple(dim for dim in variable.dims if dim != "seed")
-        interval = median_interval(variable.values, axis=variable.dims.index("seed"))
-        for statistic, values in interval._asdict().items():
-            dataset[f"{name}_{statistic}"] = (dims, values)
-            units, text = _DESCRIPTIONS[name]
-            dataset[f"{name}_{statistic}"].attrs.update(units=units, description=f"{statistic} over seeds: {text}")
-    for name, (units, text) in _DESCRIPTIONS.items():
-        dataset[name].attrs.update(units=units, description=text)
-    return dataset
+    summarise(
+        dataset,
+        (
+            "log_chain",
+            "looseness",
+            "looseness_slope_1",
+            "rate_slope_1",
+            "bound_rate",
+            "excess",
+            "log_gate_term",
+            "log_gate_bound",
+            "log_gate_worst",
+            "gate_looseness",
+            "gate_worst_looseness",
+            "gate_over_direct",
+        ),
+        _DESCRIPTIONS,
+    )
+    return describe(dataset, _DESCRIPTIONS)
 
 
 def run(

@@ -39,7 +39,7 @@ from matplotlib.markers import CARETDOWN, CARETUP
 import rnngrad as rg
 from experiments import command, results
 from experiments.command import Check, UserError
-from experiments.statistics import CONFIDENCE, median_interval
+from experiments.statistics import CONFIDENCE, describe, summarise
 
 Weights = Literal["gaussian", "orthogonal"]
 
@@ -207,20 +207,11 @@ def derive(dataset: xr.Dataset) -> xr.Dataset:
     dataset["bound_crossing"] = (("row", "seed"), np.exp(-bound))
     critical = [rg.theory.critical_gain("tanh", input_variance=float(variance)) for variance in variances]
     dataset["chi_crossing"] = ("row", np.array(critical))
-    for name in ("rate", "crossing", "slow_crossing", "bound_crossing"):
-        variable = dataset[name]
-        dims = tuple(dim for dim in variable.dims if dim != "seed")
-        interval = median_interval(variable.values, axis=variable.dims.index("seed"))
-        for statistic, values in interval._asdict().items():
-            dataset[f"{name}_{statistic}"] = (dims, values)
-            units, text = _DESCRIPTIONS[name]
-            dataset[f"{name}_{statistic}"].attrs.update(units=units, description=f"{statistic} over seeds: {text}")
+    summarise(dataset, ("rate", "crossing", "slow_crossing", "bound_crossing"), _DESCRIPTIONS)
     vanishes = dataset["rate_high"].transpose("row", "gain").values < 0
     beta = np.exp(dataset["bound_rate"].values)
     dataset["largest_vanishing_beta"] = ("row", np.where(vanishes, beta, 0).max(axis=1))
-    for name, (units, text) in _DESCRIPTIONS.items():
-        dataset[name].attrs.update(units=units, description=text)
-    return dataset
+    return describe(dataset, _DESCRIPTIONS)
 
 
 def run(

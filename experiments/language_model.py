@@ -33,6 +33,7 @@ import rnngrad as rg
 from experiments import command, learning, results
 from experiments.command import UserError
 from experiments.learning import CellName, LogName, OptimizerName, Preset, Unit
+from experiments.statistics import describe
 
 InitName = Literal["torch", "flax", "equinox", "keras", "haiku", "gaussian", "orthogonal", "identity", "uniform"]
 
@@ -438,8 +439,7 @@ def run(config: Config, folder: Path, screen: rich.console.Console | None = None
         "updates": trained.step,
     }
     dataset = dataset.assign({name: ((), value) for name, value in facts.items()}).expand_dims(seed=[config.seed])
-    for name, (units, text) in _DESCRIPTIONS.items():
-        dataset[name].attrs.update(units=units, description=text)
+    describe(dataset, _DESCRIPTIONS)
     is_file = config.text not in ("pydoc", "ptb", "tinyshakespeare")
     shown = dataclasses.replace(config, data_dir=None, text=Path(config.text).name if is_file else config.text)
     dataset.attrs = results.provenance(

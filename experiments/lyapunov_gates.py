@@ -33,7 +33,7 @@ import xarray as xr
 import rnngrad as rg
 from experiments import command, results
 from experiments.command import Check, UserError
-from experiments.statistics import CONFIDENCE, median_interval
+from experiments.statistics import CONFIDENCE, describe, median_interval, summarise
 
 KINDS = ("full", "held", "direct")
 """Exponents that are computed along each run."""
@@ -133,15 +133,8 @@ _DESCRIPTIONS = {
 
 def derive(dataset: xr.Dataset) -> xr.Dataset:
     """Returns the dataset with medians and intervals over seeds."""
-    values = dataset["exponent"]
-    interval = median_interval(values.values, axis=values.dims.index("seed"))
-    for statistic, numbers in interval._asdict().items():
-        dataset[f"exponent_{statistic}"] = (("forget_bias", "kind"), numbers)
-        units, text = _DESCRIPTIONS["exponent"]
-        dataset[f"exponent_{statistic}"].attrs.update(units=units, description=f"{statistic} over seeds: {text}")
-    for name, (units, text) in _DESCRIPTIONS.items():
-        dataset[name].attrs.update(units=units, description=text)
-    return dataset
+    summarise(dataset, ("exponent",), _DESCRIPTIONS)
+    return describe(dataset, _DESCRIPTIONS)
 
 
 def run(

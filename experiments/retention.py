@@ -36,7 +36,7 @@ import xarray as xr
 import rnngrad as rg
 from experiments import command, results
 from experiments.command import Check, UserError
-from experiments.statistics import CONFIDENCE, median_interval
+from experiments.statistics import CONFIDENCE, describe, summarise
 
 CellName = Literal["vanilla", "lstm", "peephole_lstm", "coupled_lstm", "gru", "min_gru", "min_lstm"]
 InitName = Literal["torch", "flax", "equinox", "keras", "haiku", "gaussian", "orthogonal", "identity", "chrono", "ugi"]
@@ -228,17 +228,8 @@ def derive(dataset: xr.Dataset) -> xr.Dataset:
     has_direct = np.isfinite(direct)
     ratio = np.where(has_direct, (remainder - np.where(has_direct, direct, 0)) / np.log(10), np.nan)
     dataset["log10_remainder_over_direct"] = (("row", "seed"), ratio)
-    for name in ("log_retention", "rate", "last_steps_share", "log10_remainder_over_direct"):
-        variable = dataset[name]
-        dims = tuple(dim for dim in variable.dims if dim != "seed")
-        interval = median_interval(variable.values, axis=variable.dims.index("seed"))
-        for statistic, values in interval._asdict().items():
-            dataset[f"{name}_{statistic}"] = (dims, values)
-            units, text = _DESCRIPTIONS[name]
-            dataset[f"{name}_{statistic}"].attrs.update(units=units, description=f"{statistic} over seeds: {text}")
-    for name, (units, text) in _DESCRIPTIONS.items():
-        dataset[name].attrs.update(units=units, description=text)
-    return dataset
+    summarise(dataset, ("log_retention", "rate", "last_steps_share", "log10_remainder_over_direct"), _DESCRIPTIONS)
+    return describe(dataset, _DESCRIPTIONS)
 
 
 def run(

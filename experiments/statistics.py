@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
+import xarray as xr
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 2000
@@ -58,3 +60,22 @@ def median_interval(samples: np.ndarray, *, axis: int, seed: int = 0) -> Interva
             for target in (median, low, high):
                 target.reshape(-1)[index] = value
     return Interval(median, low, high)
+
+
+def summarise(dataset: xr.Dataset, names: Iterable[str], descriptions: Mapping[str, tuple[str, str]]) -> None:
+    """Adds median, low and high over seeds of the named variables, with units and description of each."""
+    for name in names:
+        variable = dataset[name]
+        dims = tuple(dim for dim in variable.dims if dim != "seed")
+        interval = median_interval(variable.values, axis=variable.dims.index("seed"))
+        units, text = descriptions[name]
+        for statistic, values in interval._asdict().items():
+            dataset[f"{name}_{statistic}"] = (dims, values)
+            dataset[f"{name}_{statistic}"].attrs.update(units=units, description=f"{statistic} over seeds: {text}")
+
+
+def describe(dataset: xr.Dataset, descriptions: Mapping[str, tuple[str, str]]) -> xr.Dataset:
+    """Returns the dataset with units and description at every variable named."""
+    for name, (units, text) in descriptions.items():
+        dataset[name].attrs.update(units=units, description=text)
+    return dataset

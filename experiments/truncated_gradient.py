@@ -37,7 +37,7 @@ import xarray as xr
 import rnngrad as rg
 from experiments import command, results
 from experiments.command import Check, UserError
-from experiments.statistics import CONFIDENCE, median_interval
+from experiments.statistics import CONFIDENCE, describe, summarise
 
 LOSSES = ("last", "all")
 """The loss of the last step, or the mean over all steps."""
@@ -183,15 +183,8 @@ _DESCRIPTIONS = {
 
 def derive(dataset: xr.Dataset) -> xr.Dataset:
     """Returns the dataset with medians and intervals over seeds."""
-    for name, (units, text) in _DESCRIPTIONS.items():
-        values = dataset[name]
-        dims = tuple(dim for dim in values.dims if dim != "seed")
-        interval = median_interval(values.values, axis=values.dims.index("seed"))
-        for statistic, numbers in interval._asdict().items():
-            dataset[f"{name}_{statistic}"] = (dims, numbers)
-            dataset[f"{name}_{statistic}"].attrs.update(units=units, description=f"{statistic} over seeds: {text}")
-        dataset[name].attrs.update(units=units, description=text)
-    return dataset
+    summarise(dataset, _DESCRIPTIONS, _DESCRIPTIONS)
+    return describe(dataset, _DESCRIPTIONS)
 
 
 def run(

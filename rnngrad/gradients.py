@@ -27,8 +27,10 @@ from jaxtyping import Array, Float
 from rnngrad import logscaled
 from rnngrad.jacobians import (
     MATMUL_PRECISION,
+    Blocks,
     Layout,
     Rows,
+    largest_exponent,
     layout_of,
     nan_where,
     passes_nonfinite,
@@ -118,17 +120,8 @@ def _reverse(cell: Cell, params: Params, run: Run, local: State) -> tuple[StateC
     arriving = nan_where(bad[0], arriving)
 
     def z_bar(point: Point, rows: Rows) -> Any:
-        # each block of δ_{t+1} has its own scale, and so has what it sends to each gate
-        def update(z):
-            return layout.split(cell.update(params, z, point.state)[0])
-
-        _, pull = jax.vjp(update, point.z)
-        sent = None
-        for index, block in enumerate(rows):
-            alone = tuple(b.mantissa[0] if i == index else jnp.zeros_like(b.mantissa[0]) for i, b in enumerate(rows))
-            parts = jax.tree.map(lambda leaf, e=block.exponent: _as_row(leaf, e), pull(alone)[0])
-            sent = parts if sent is None else _add_scaled(sent, parts)
-        return sent
+        _, pull = jax.vjp(lambda z: layout.split(cell.update(params, z, point.state)[0]), point.z)
+        return _pulled_apart(pull, rows, _as_row)
 
     gates = None if cell.input_size is None else jax.vmap(z_bar)(run.points, total)
     totals = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), arriving, total)
@@ -150,6 +143,15 @@ def _add_scaled(a: Any, b: Any) -> Any:
     return jax.tree.map(logscaled.add, a, b, is_leaf=_is_scaled)
 
 
+def _pulled_apart(pull: Callable[[Blocks], tuple[Any]], rows: Rows, scaled: Callable[[Array, Array], LogScaled]) -> Any:
+    """Returns what ``pull`` makes of one row: block by block, since each has a scale of its own, and added up."""
+    parts = []
+    for index, block in enumerate(rows):
+        alone = tuple(b.mantissa[0] if i == index else jnp.zeros_like(b.mantissa[0]) for i, b in enumerate(rows))
+        parts.append(jax.tree.map(lambda leaf, e=block.exponent: scaled(leaf, e), pull(alone)[0]))
+    return functools.reduce(_add_scaled, parts)
+
+
 def _weights(cell: Cell, params: Params, run: Run, rows: Rows) -> Params:
     """Returns Σ_t δ_{t+1} ∂⁺s_{t+1}/∂params of one sequence with LogScaled leaves.
 
@@ -164,11 +166,7 @@ def _weights(cell: Cell, params: Params, run: Run, rows: Rows) -> Params:
             return layout.split(cell.update(params, cell.preactivate(params, point.state, point.x), point.state)[0])
 
         _, pull = jax.vjp(step, params)
-        parts = []
-        for index, block in enumerate(rows):
-            alone = tuple(b.mantissa[0] if i == index else jnp.zeros_like(b.mantissa[0]) for i, b in enumerate(rows))
-            parts.append(jax.tree.map(lambda leaf, e=block.exponent: _scaled(leaf, e), pull(alone)[0]))
-        return functools.reduce(_add_scaled, parts)
+        return _pulled_apart(pull, rows, _scaled)
 
     def body(total: Params, inputs: tuple[Point, Rows]) -> tuple[Params, None]:
         return _add_scaled(total, share(*inputs)), None
@@ -179,9 +177,7 @@ def _weights(cell: Cell, params: Params, run: Run, rows: Rows) -> Params:
 
 def _sum_scaled(x: LogScaled) -> LogScaled:
     """Returns the sum over the leading axis."""
-    counts = logscaled.largest(x) != 0
-    top = jnp.max(jnp.where(counts, x.exponent, jnp.iinfo(jnp.int32).min))
-    top = jnp.where(jnp.any(counts), top, 0)
+    top = largest_exponent(x.exponent, logscaled.largest(x) != 0)
     return _scaled(jnp.sum(logscaled.align(x, jnp.broadcast_to(top, x.exponent.shape)), axis=0), top)
 
 

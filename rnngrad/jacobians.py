@@ -532,11 +532,11 @@ def scaled_rows(blocks: Blocks) -> ScaledRows:
 
 def at_one_exponent(block: LogScaled) -> LogScaled:
     """Returns a block of :class:`ScaledRows` as a matrix with one exponent, as chains are handed out."""
-    top = _top(block.exponent, logscaled.largest(block) != 0)
+    top = largest_exponent(block.exponent, logscaled.largest(block) != 0)
     return LogScaled(logscaled.align(block, jnp.broadcast_to(top[..., None], block.exponent.shape)), top)
 
 
-def _top(exponents: Array, counts: Array) -> Array:
+def largest_exponent(exponents: Array, counts: Array) -> Array:
     """Returns the largest exponent over the last axis among those that count; 0 where none does."""
     top = jnp.max(jnp.where(counts, exponents, jnp.iinfo(jnp.int32).min), axis=-1)
     return jnp.where(jnp.any(counts, axis=-1), top, 0)
@@ -559,7 +559,7 @@ def multiply(a: ScaledRows, b: ScaledRows) -> ScaledRows:
     product = []
     for block in b:
         shift = exponent + in_columns(block.exponent)
-        top = _top(shift + own, (mantissa != 0) & in_columns(logscaled.largest(block) != 0))
+        top = largest_exponent(shift + own, (mantissa != 0) & in_columns(logscaled.largest(block) != 0))
         left = logscaled.align(LogScaled(mantissa, shift), jnp.broadcast_to(top[..., None], shift.shape))
         summed = jnp.matmul(left, block.mantissa, precision=MATMUL_PRECISION)
         product.append(logscaled.rescale(LogScaled(summed, top)))

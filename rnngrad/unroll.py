@@ -168,7 +168,12 @@ def _has_a_rule(cell: Cell, params: Params, state: State, xs: Any) -> bool:
     """
     if cell.input_size is None:
         return False
-    program = jax.make_jaxpr(lambda p, s, x: (cell.preactivate(p, s, x), cell.step(p, s, x)[0]))(params, state, xs[0])
+
+    def step(params, state, x):
+        z = cell.preactivate(params, state, x)
+        return z, cell.update(params, z, state)[0]
+
+    program = jax.make_jaxpr(step)(params, state, xs[0])
     z = program.out_avals[: -len(jax.tree.leaves(state))]
     is_closed = not any(isinstance(const, jax.core.Tracer) for const in program.consts)
     return is_closed and all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in z)
