@@ -15,21 +15,24 @@ STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test slow check format bench clean
+.PHONY: help install run reproduce test slow check format bench docs clean
 
 help: ## List the targets
 	@echo "rnngrad: how far back a recurrent network's gradient reaches"
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  PYTHON=python3.12      the interpreter that makes $(VENV) (default: python3)'
-	@echo '  ARGS="--help"          arguments of run and bench'
+	@echo '  ARGS="--help"          arguments of run, reproduce and bench'
 	@echo '  PYTEST_ARGS="-k lstm"  arguments of test and slow'
 
 install: $(STAMP) ## Make the virtual environment and install the pinned packages
 
 run: $(STAMP) ## Retention of vanilla, LSTM and GRU on real text: a table and a figure
 	$(PY) -m experiments.retention $(ARGS)
+
+reproduce: $(STAMP) ## Try every claim again (an hour or more; resumes) and write out/reproduce/report.html
+	$(PY) -m experiments all $(ARGS)
 
 # Compiling dominates the fast tests and takes half the time without optimisation; the slow ones run what users run.
 test: $(STAMP) ## Run the fast tests and the doctests
@@ -49,6 +52,12 @@ format: $(STAMP) ## Format the code and repair what the linter can
 
 bench: $(STAMP) ## Run the benchmarks
 	$(PY) -m benchmarks $(ARGS)
+
+# Read afresh every time, since warnings are raised by pages that are read; the links are checked as the pages are written.
+docs: $(STAMP) ## Build the documentation into out/docs: html, doctests, links
+	$(PY) -m sphinx -q -E -W --keep-going -b html -d out/docs/.doctrees docs out/docs
+	$(PY) -m sphinx -q -W --keep-going -b doctest -d out/docs/.doctrees docs out/docs/.doctest
+	@sed -n '/^Doctest summary/,$$p' out/docs/.doctest/output.txt; echo "out/docs/index.html"
 
 clean: ## Remove the virtual environment, caches and builds (results in out/ stay)
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,4 +1,4 @@
-"""What every experiment's command line shares: one-line errors, tables, progress, saving, showing stored results."""
+"""What the command lines of all experiments share: one-line errors, measuring in parts, tables, pictures, results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NoReturn
 
@@ -17,8 +17,11 @@ import rich.table
 import tyro
 import xarray as xr
 
+import rnngrad as rg
 from experiments import results
+from experiments.claims import Check, Claim, Verdict, judge
 from experiments.results import NotWritableError
+from experiments.statistics import CONFIDENCE
 
 
 class UserError(ValueError):
@@ -32,15 +35,6 @@ def user_input() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-class Check(NamedTuple):
-    """One line of a verdict."""
-
-    name: str
-    value: str
-    bound: str
-    holds: bool
 
 
 def console() -> rich.console.Console:
@@ -68,17 +62,67 @@ def fail(error: BaseException, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def check_at_least(config: Any, least: Mapping[str, int]) -> None:
+    """Raises UserError for a whole number below its least value; one that is None is left out."""
+    for name, lowest in least.items():
+        value = getattr(config, name)
+        if value is not None and value < lowest:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least {lowest}, found {value}")
+
+
+class Piece(NamedTuple):
+    """A piece of a run: measured on its own, kept, and not measured again when an interrupted run resumes."""
+
+    name: str
+    """Of its file, unique in the run."""
+    label: str
+    """What the progress bar says."""
+    measure: Callable[[], xr.Dataset]
+
+
+def measure(
+    pieces: Sequence[Piece], *, parts: results.Parts | None = None, screen: rich.console.Console | None = None
+) -> list[xr.Dataset]:
+    """Returns the datasets of all pieces, in order; those already in ``parts`` are read from there.
+
+    Shows a progress bar; where the output is no terminal, a line per piece, ``[done/all] label``.
+
+    Raises:
+      OSError: a piece cannot be written.
+    """
+    screen = screen or rich.console.Console(quiet=True)
+    measured, resumed = [], 0
+    with progress(screen) as bar:
+        task = bar.add_task("measuring", total=len(pieces))
+        for done, piece in enumerate(pieces):
+            bar.update(task, description=piece.label)
+            if not screen.is_terminal:
+                screen.print(f"[{done}/{len(pieces)}] {piece.label}", markup=False, highlight=False, soft_wrap=True)
+            if parts is None:
+                part = piece.measure()
+            else:
+                part, was_there = parts.get(piece.name, piece.measure)
+                resumed += was_there
+            measured.append(part.drop_attrs(deep=False))
+            bar.advance(task)
+    if resumed:
+        screen.print(f"resumed: {resumed} of {len(pieces)} parts were already measured")
+    return measured
+
+
+_ANSWERS = {True: "yes", False: "[bold]no[/bold]", None: "cannot tell"}
+
+
 def check_table(checks: Sequence[Check]) -> rich.table.Table:
-    """Returns the verdict as a table."""
-    table = rich.table.Table("check", "found", "expected", "holds", title="Verdict", title_justify="left")
+    """Returns the checks as a table; those that decide the verdict are marked."""
+    table = rich.table.Table(
+        "claim", "check", "found", "expected", "holds", title="Checks", title_justify="left", caption_justify="left",
+        caption="without a claim: a prediction or side condition, which decides nothing",
+    )  # fmt: skip
     for check in checks:
-        table.add_row(check.name, check.value, check.bound, "yes" if check.holds else "[bold]no[/bold]")
+        claim = check.claim if check.decides else ""
+        table.add_row(claim, check.name, check.value, check.bound, _ANSWERS[check.holds])
     return table
-
-
-def markdown(checks: Sequence[Check]) -> list[str]:
-    """Returns the verdict's lines as the claim map prints them."""
-    return [f"| {check.name} | {check.value} | {check.bound} | {'yes' if check.holds else 'no'} |" for check in checks]
 
 
 def config_dict(config: Any) -> dict[str, Any]:
@@ -101,18 +145,62 @@ def flags(config: Any, *, leave_out: Sequence[str] = ()) -> str:
     return " ".join(words)
 
 
+class Picture(NamedTuple):
+    """A figure drawn from a stored dataset."""
+
+    name: str
+    """Ending of its file name; empty for the main figure, ``<experiment>.png``."""
+    caption: str
+    """What a reader sees on it, in a sentence or two; stands for it where it cannot be seen."""
+    draw: Callable[[xr.Dataset], matplotlib.figure.Figure]
+
+
 class Experiment(NamedTuple):
-    """The functions an experiment module hands to :func:`execute`."""
+    """What an experiment module hands to :func:`main` and to the reproduction."""
 
     name: str
     about: str
     """What ``--help`` says: the question in one line, then what is measured and shown."""
+    claims: tuple[Claim, ...]
+    default: Any
+    """The configuration of the full run."""
+    smoke: Any
+    """One of a few seconds: every code path, no statement about the claims."""
     run: Callable[..., xr.Dataset]
     """run(config, parts=…, screen=…) -> dataset"""
     table: Callable[[xr.Dataset], rich.table.Table]
     verdict: Callable[[xr.Dataset], list[Check]]
-    summary: Callable[[xr.Dataset], str]
-    figure: Callable[[xr.Dataset], matplotlib.figure.Figure]
+    summary: Callable[[xr.Dataset], dict[str, str]]
+    """The finding on each claim, by its id, in a sentence."""
+    pictures: tuple[Picture, ...]
+    """The main figure first."""
+
+    def picture_files(self, folder: Path) -> list[Path]:
+        """Returns where the pictures go."""
+        return [folder / f"{'-'.join(filter(None, (self.name, picture.name)))}.png" for picture in self.pictures]
+
+    def verdicts(self, dataset: xr.Dataset) -> list[Verdict]:
+        """Returns the verdict on every claim, recomputed from the dataset."""
+        return judge(self.claims, self.verdict(dataset), self.summary(dataset))
+
+
+def provenance(name: str, config: Any, *, seconds: float, dtype: Any = "float32", **facts: Any) -> dict[str, Any]:
+    """Returns the attributes of an experiment's dataset: :func:`results.provenance` of its configuration and dtype.
+
+    A field ``data_dir`` is left out of command and configuration, since it is a place on one machine.
+    """
+    places = [field.name for field in dataclasses.fields(config) if field.name == "data_dir"]
+    certificate = rg.certificate(dtype)
+    return results.provenance(
+        experiment=name,
+        command=f"python -m experiments.{name} {flags(config, leave_out=places)}".strip(),
+        config={key: value for key, value in config_dict(config).items() if key not in places},
+        dtype=certificate.dtype,
+        matmul_precision=certificate.matmul_precision,
+        confidence=CONFIDENCE,
+        seconds=round(seconds, 1),
+        **facts,
+    )
 
 
 def execute(experiment: Experiment, config: Any, *, out: Path, show: Path | None) -> None:
@@ -122,7 +210,7 @@ def execute(experiment: Experiment, config: Any, *, out: Path, show: Path | None
     """
     started = time.perf_counter()
     screen = console()
-    figure_file, result_file = out / f"{experiment.name}.png", out / f"{experiment.name}.nc"
+    picture_files, result_file = experiment.picture_files(out), out / f"{experiment.name}.nc"
     parts = results.Parts(out, experiment=experiment.name, config=config_dict(config))
     try:
         results.writable_folder(out)
@@ -134,9 +222,11 @@ def execute(experiment: Experiment, config: Any, *, out: Path, show: Path | None
             results.save(dataset, result_file)
         screen.print(experiment.table(dataset))
         screen.print(check_table(experiment.verdict(dataset)))
-        screen.print(experiment.summary(dataset))
-        with results.whole_file(figure_file) as temporary:
-            experiment.figure(dataset).savefig(temporary, dpi=150)
+        for verdict in experiment.verdicts(dataset):
+            screen.print(str(verdict), markup=False, highlight=False, soft_wrap=True)
+        for picture, file in zip(experiment.pictures, picture_files, strict=True):
+            with results.whole_file(file) as temporary:
+                picture.draw(dataset).savefig(temporary, dpi=150)
         parts.discard()
     except KeyboardInterrupt:
         print("\ninterrupted: finished parts are kept, the same command resumes", file=sys.stderr)
@@ -145,7 +235,7 @@ def execute(experiment: Experiment, config: Any, *, out: Path, show: Path | None
         fail(error, code=2)
     except OSError as error:
         fail(error, code=2 if isinstance(error, FileNotFoundError | NotWritableError) else 1)
-    written = [figure_file] if show is not None else [result_file, figure_file]
+    written = picture_files if show is not None else [result_file, *picture_files]
     seconds = time.perf_counter() - started
     screen.print(f"wrote {' and '.join(map(str, written))} after {seconds:.0f} s", soft_wrap=True, highlight=False)
 
@@ -162,10 +252,10 @@ class Options:
     """Show a stored result file instead of running: the table, the verdict, and the figure drawn again."""
 
 
-def main(experiment: Experiment, default: Any, smoke: Any, arguments: Sequence[str] | None) -> None:
-    """Runs the command line of an experiment; ``default`` and ``smoke`` are two values of its configuration."""
+def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line of an experiment."""
     words = sys.argv[1:] if arguments is None else arguments
-    chosen = smoke if "--smoke" in words else default
+    chosen = experiment.smoke if "--smoke" in words else experiment.default
     flat = tyro.conf.arg(name="")
     whole = dataclasses.make_dataclass(
         "Command",

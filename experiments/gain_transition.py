@@ -1,15 +1,5 @@
 """Where does the gradient of a vanilla RNN turn from vanishing to exploding as the recurrent gain grows?
 
-Claim tried (A3 of the claim map): with β = σ_max(U) · sup|φ'| the gradient vanishes for β ≪ 1 and explodes for β ≫ 1,
-so that β = 1 parts the two.
-Source: the discussion that usually follows the bound (β_W β_φ)^{t−k} of Pascanu, Mikolov & Bengio 2013
-(arXiv 1211.5063, section 2.1, where σ_max < 1 is sufficient for vanishing and σ_max > 1 only necessary for explosion).
-Prediction: the true chain's rate crosses zero where χ = gain² E[φ'²] = 1 (mean field): for tanh at gain 1 without input
-and at gain 1.856 with inputs of unit variance, for Gaussian and orthogonal weights alike, within 10 % at N = 128.
-σ_max = 1 stands at gain 0.5 for Gaussian weights and at gain 1 for orthogonal ones.
-Refuted if: the crossing's interval over seeds leaves out the 10 % around σ_max = 1.  Whether the prediction comes true
-is checked apart, by the end of the interval that lies further off.
-
 For each kind of weights and each input variance it sweeps the gain; the weights of a seed are the same at every gain
 but for the factor.  Beside the crossing it reports where the rate rises through −0.01, since networks of finite size
 without input may settle on a fixed point or a cycle, whose rate stays near zero over a range of gains.  Running time:
@@ -23,7 +13,6 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -38,14 +27,32 @@ from matplotlib.markers import CARETDOWN, CARETUP
 
 import rnngrad as rg
 from experiments import command, results
-from experiments.command import Check, UserError
-from experiments.statistics import CONFIDENCE, describe, summarise
+from experiments.claims import Check, Claim
+from experiments.command import Piece, UserError
+from experiments.statistics import describe, summarise
+
+CLAIMS = (
+    Claim(
+        "A3",
+        "With β = σ_max(U) · sup|φ'| the gradient of a vanilla RNN vanishes for β ≪ 1 and explodes for β ≫ 1: β = 1 "
+        "parts the two.",
+        source="the discussion that usually follows the bound (β_W β_φ)^{t−k} of Pascanu, Mikolov & Bengio 2013 "
+        "(arXiv 1211.5063, section 2.1, where σ_max < 1 is sufficient for vanishing and σ_max > 1 only necessary for "
+        "explosion)",
+        prediction="the true chain's rate crosses zero where χ = gain² E[φ'²] = 1 (mean field): for tanh at gain 1 "
+        "without input and at gain 1.856 with inputs of unit variance, for Gaussian and orthogonal weights alike, "
+        "within 10 % at N = 128; σ_max = 1 stands at gain 0.5 for Gaussian weights and at gain 1 for orthogonal ones",
+        refuted="the crossing's interval over seeds leaves out the 10 % around σ_max = 1",
+        functions=("rg.retention", "rg.decay_rate", "rg.theory.critical_gain", "rg.theory.vanilla_mean_field"),
+        tests=("tests/test_gain_transition.py", "tests/test_theory.py"),
+    ),
+)
 
 Weights = Literal["gaussian", "orthogonal"]
 
 TOLERANCE = 0.1
-"""Relative distance at which two gains count as the same; the spectral radius of 128 Gaussian units alone scatters by
-5 %."""
+"""Relative distance at which two gains count as the same; see WHY_SAME."""
+WHY_SAME = "the spectral radius of 128 Gaussian units alone scatters by 5 %; twice that counts as the same gain"
 
 SLOW = 0.01
 """Nats per step; a gradient that vanishes at this rate loses one factor e in 100 steps."""
@@ -92,16 +99,8 @@ def rows_of(config: Config) -> list[tuple[Weights, float]]:
 
 def check(config: Config) -> None:
     """Raises UserError for settings that cannot be run."""
-    for name, least in (
-        ("steps", 2),
-        ("warm_up", 1),
-        ("hidden_size", 1),
-        ("input_size", 1),
-        ("seeds", 1),
-        ("first_seed", 0),
-    ):
-        if getattr(config, name) < least:
-            raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, found {getattr(config, name)}")
+    least = {"steps": 2, "warm_up": 1, "hidden_size": 1, "input_size": 1, "seeds": 1, "first_seed": 0}
+    command.check_at_least(config, least)
     if not 0 <= config.fit_from < config.steps:
         raise UserError(f"--fit-from: expected a lag from 0 to {config.steps - 1} (steps − 1), found {config.fit_from}")
     for name in ("weights", "input_variances", "gains"):
@@ -133,7 +132,7 @@ def _measure(cell, params, states, xs, *, warm_up, fit_from):
     return jax.vmap(one)(params, states, xs)
 
 
-def _measure_row(weights: Weights, variance: float, config: Config, on_gain: Callable[[], None]) -> xr.Dataset:
+def _measure_row(weights: Weights, variance: float, config: Config) -> xr.Dataset:
     """Returns the dataset of one row: every gain and seed."""
     # The kinds differ in how they draw weights and in nothing else, so all rows share one compilation.
     drawing_cell, cell = _cell(weights, config), _cell(config.weights[0], config)
@@ -153,7 +152,6 @@ def _measure_row(weights: Weights, variance: float, config: Config, on_gain: Cal
         rate, nonfinite_step = _measure(cell, at_gain, states, xs, warm_up=config.warm_up, fit_from=config.fit_from)
         rates.append(np.asarray(rate))
         broken.append(np.asarray(nonfinite_step))
-        on_gain()
     return xr.Dataset(
         {
             "rate": (("gain", "seed"), np.stack(rates)),
@@ -224,43 +222,28 @@ def run(
       OSError: a part cannot be written.
     """
     check(config)
-    screen = screen or rich.console.Console(quiet=True)
     started = time.perf_counter()
     rows = rows_of(config)
+    pieces = [
+        Piece(
+            f"{weights}-{variance}",
+            f"{weights} weights, input variance {variance:g}",
+            functools.partial(_measure_row, weights, variance, config),
+        )
+        for weights, variance in rows
+    ]
     # The context manager is entered here and not at import: float64 is a setting of the run.
-    precision = jax.enable_x64(True) if config.dtype == "float64" else contextlib.nullcontext()
-    measured, resumed = [], 0
-    with command.progress(screen) as bar, precision:
-        task = bar.add_task("measuring", total=len(rows) * len(config.gains))
-        for index, (weights, variance) in enumerate(rows):
-            bar.update(task, description=f"{weights} weights, input variance {variance:g}")
-            make = functools.partial(_measure_row, weights, variance, config, lambda: bar.advance(task))
-            if parts is None:
-                part = make()
-            else:
-                part, was_there = parts.get(f"{weights}-{variance}", make)
-                resumed += was_there
-            measured.append(part)
-            bar.update(task, completed=(index + 1) * len(config.gains))
-    if resumed:
-        screen.print(f"resumed: {resumed} of {len(rows)} rows were already measured")
-
-    dataset = xr.concat([part.drop_attrs() for part in measured], dim="row").assign_coords(
+    with jax.enable_x64(True) if config.dtype == "float64" else contextlib.nullcontext():
+        measured = command.measure(pieces, parts=parts, screen=screen)
+    dataset = xr.concat(measured, dim="row").assign_coords(
         weights=("row", [weights for weights, _ in rows]),
         input_variance=("row", [float(variance) for _, variance in rows]),
         gain=np.array(config.gains, float),
         seed=np.arange(config.first_seed, config.first_seed + config.seeds),
     )
-    certificate = rg.certificate(config.dtype)
-    dataset.attrs = results.provenance(
-        experiment="gain_transition",
-        command=f"python -m experiments.gain_transition {command.flags(config)}".strip(),
-        config=command.config_dict(config),
-        dtype=certificate.dtype,
-        matmul_precision=certificate.matmul_precision,
-        confidence=CONFIDENCE,
-        tolerance=TOLERANCE,
-        seconds=round(time.perf_counter() - started, 1),
+    seconds = time.perf_counter() - started
+    dataset.attrs = command.provenance(
+        "gain_transition", config, seconds=seconds, dtype=config.dtype, tolerance=TOLERANCE
     )
     return derive(dataset)
 
@@ -321,61 +304,71 @@ def table(dataset: xr.Dataset) -> rich.table.Table:
     return shown
 
 
-CLAIM, PREDICTION = "transition at σ_max = 1", "prediction, transition at χ = 1"
-
-
 def verdict(dataset: xr.Dataset) -> list[Check]:
-    """Returns two checks per row: does the rate cross zero at σ_max = 1, and does it at χ = 1?
+    """Returns two checks per row: does the rate cross zero at σ_max = 1, and, as predicted, at χ = 1?
 
     The claim is granted while the crossing's interval reaches the 10 % around σ_max = 1, the prediction only when all
     of the interval lies within 10 % of χ = 1.  A row in which some seed's rate does not rise through 0 within the gains
-    swept is not judged: its crossing lies outside, and :func:`summary` says so.
+    swept cannot tell: its crossing lies outside.
     """
     checks = []
     tolerance = dataset.attrs["tolerance"]
     for row in _rows(dataset):
-        if _missing(row):
-            continue
         low, high = (float(row[f"crossing_{part}"]) for part in ("low", "high"))
         at_bound, at_chi = float(row["bound_crossing_median"]), float(row["chi_crossing"])
+        missing = _missing(row)
+        found = f"gain {_interval(row, 'crossing', 3)}"
+        reaches = bool(low <= at_bound * (1 + tolerance) and high >= at_bound * (1 - tolerance))
         checks.append(
             Check(
-                name=f"{CLAIM}: {_label(row)}",
-                value=f"gain {_interval(row, 'crossing', 3)}",
-                bound=f"{at_bound:.3f} ± {tolerance:.0%}",
-                holds=bool(low <= at_bound * (1 + tolerance) and high >= at_bound * (1 - tolerance)),
+                f"transition at σ_max = 1: {_label(row)}",
+                f"{missing} of {row.sizes['seed']} seeds never cross" if missing else found,
+                f"{at_bound:.3f} ± {tolerance:.0%}",
+                None if missing else reaches,
+                "A3",
+                WHY_SAME,
             )
         )
-        checks.append(
-            Check(
-                name=f"{PREDICTION}: {_label(row)}",
-                value=f"gain {_interval(row, 'crossing', 3)}",
-                bound=f"{at_chi:.3f} ± {tolerance:.0%}",
-                holds=bool(at_chi * (1 - tolerance) <= low and high <= at_chi * (1 + tolerance)),
+        if not missing:
+            checks.append(
+                Check(
+                    f"prediction, transition at χ = 1: {_label(row)}",
+                    found,
+                    f"{at_chi:.3f} ± {tolerance:.0%}",
+                    bool(at_chi * (1 - tolerance) <= low and high <= at_chi * (1 + tolerance)),
+                    "A3",
+                    "mean field of random tanh networks, exact for N → ∞ (rg.theory.critical_gain)",
+                    decides=False,
+                )
             )
-        )
     return checks
 
 
-def summary(dataset: xr.Dataset) -> str:
-    """Returns the verdict in one sentence."""
+def summary(dataset: xr.Dataset) -> dict[str, str]:
+    """Returns the finding in a few sentences."""
     every = verdict(dataset)
-    outside = [_label(row) for row in _rows(dataset) if _missing(row)]
-    unjudged = f"  Not judged, since a crossing lies outside the gains swept: {'; '.join(outside)}." if outside else ""
-    if not every:
-        return "The claim is not tried." + unjudged
-    checks = [check for check in every if check.name.startswith(CLAIM)]
-    failed = [check.name.split(": ", 1)[1] for check in every if check not in checks and not check.holds]
-    holding = [check.name.split(": ", 1)[1] for check in checks if check.holds]
-    said = "does not hold" if not holding else f"holds only for {'; '.join(holding)}"
-    if len(holding) == len(checks):
-        said = "holds in every row judged"
+
+    def rows(*, decides: bool, holds: bool | None) -> str:
+        return "; ".join(
+            check.name.split(": ", 1)[1] for check in every if check.decides == decides and check.holds is holds
+        )
+
+    unjudged = rows(decides=True, holds=None)
+    outside = f"  Not judged, since a crossing lies outside the gains swept: {unjudged}." if unjudged else ""
+    if not any(check.holds is not None for check in every):
+        return {"A3": "the claim is not tried." + outside}
+    holding, refuted = rows(decides=True, holds=True), rows(decides=True, holds=False)
     beta = float(dataset["largest_vanishing_beta"].max())
-    return (
-        f"Claim “vanishing and exploding part at σ_max = 1”: {said}; a chain with σ_max = {beta:.2f} still vanishes.  "
-        + (f"The prediction χ = 1 failed for {'; '.join(failed)}." if failed else "The prediction χ = 1 came true.")
-        + unjudged
+    sentence = (
+        f"vanishing turns into exploding at σ_max = 1 for {holding or 'no kind of weights and input'}"
+        + (f", and elsewhere for {refuted}" if refuted else "")
+        + f"; a chain with σ_max = {beta:.2f} still vanishes.  "
     )
+    failed = rows(decides=False, holds=False)
+    sentence += (
+        f"The prediction, χ = 1, failed for {failed}." if failed else "The prediction, χ = 1, came true in every row."
+    )
+    return {"A3": sentence + outside}
 
 
 _MEASURED: dict[str, Any] = {"color": "#16325c", "linewidth": 1.8, "marker": "o", "markersize": 3.5}
@@ -438,12 +431,27 @@ ABOUT = """Where does the gradient of a vanilla RNN turn from vanishing to explo
 Sweeps the gain of Gaussian and orthogonal weights with and without input, measures the rate of the true Jacobian
 chain, and compares where it crosses zero with the mean field (χ = 1) and with the norm bound (σ_max = 1)."""
 
-EXPERIMENT = command.Experiment("gain_transition", ABOUT, run, table, verdict, summary, figure)
+CAPTION = """Rate of the true gradient chain against the gain of the recurrent weights, a panel per kind of
+weights and input, with the mean field (χ = 1) and the norm bound (σ_max = 1): where the rate crosses zero, vanishing
+turns into exploding."""
+
+EXPERIMENT = command.Experiment(
+    name="gain_transition",
+    about=ABOUT,
+    claims=CLAIMS,
+    default=Config(),
+    smoke=SMOKE,
+    run=run,
+    table=table,
+    verdict=verdict,
+    summary=summary,
+    pictures=(command.Picture("", CAPTION, figure),),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
-    command.main(EXPERIMENT, Config(), SMOKE, arguments)
+    command.main(EXPERIMENT, arguments)
 
 
 if __name__ == "__main__":

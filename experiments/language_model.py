@@ -185,7 +185,7 @@ def check(config: Config) -> None:
         "monitor_every",
         "checkpoint_every",
     )
-    learning.check_at_least(config, {**dict.fromkeys(names, 1), "patience": 1, "max_updates": 1, "flat_epochs": 0})
+    command.check_at_least(config, {**dict.fromkeys(names, 1), "patience": 1, "max_updates": 1, "flat_epochs": 0})
     learning.check_seeds("--seed", config.seed)
     learning.check_positive(config, ("learning_rate", "clip", "lr_decay", "init_scale", "max_minutes"))
     if not 0 <= config.dropout < 1:

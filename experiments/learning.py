@@ -128,14 +128,6 @@ def check_seeds(flag: str, first: int, number: int = 1) -> None:
         raise UserError(f"{flag}: expected seeds of at least 0 and below 2**32, found {first} … {first + number - 1}")
 
 
-def check_at_least(config: Any, least: Mapping[str, int]) -> None:
-    """Raises UserError for a whole number below its least value; one that is None is left out."""
-    for name, lowest in least.items():
-        value = getattr(config, name)
-        if value is not None and value < lowest:
-            raise UserError(f"--{name.replace('_', '-')}: expected at least {lowest}, found {value}")
-
-
 def check_positive(config: Any, names: Sequence[str]) -> None:
     """Raises UserError for a setting that is not a positive number; one that is None is left out."""
     for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import datetime
 import hashlib
@@ -21,13 +22,41 @@ _ROOT = Path(__file__).resolve().parent.parent
 _RECORDED = ("jax", "jaxlib", "numpy", "scipy", "xarray")
 
 
-def source_digest() -> str:
-    """Returns a digest of the sources of ``rnngrad`` and ``experiments``: the code version that made a result."""
+_SEEN = "\n# --- what a person sees"
+"""From the line that begins so, a module only shows what was measured."""
+
+
+def _imported(source: str) -> Iterator[str]:
+    """Yields the names of the modules of ``experiments`` that a module imports."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "experiments":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("experiments."):
+            yield str(node.module).removeprefix("experiments.")
+
+
+def source_digest(experiment: str | None = None) -> str:
+    """Returns a digest of the sources that make a result: the code version.
+
+    These are the library, and of ``experiments`` the module and what it imports, each up to the line from which it only
+    shows what was measured; without a name, all modules.
+    """
+    folder = _ROOT / "experiments"
+    names = {file.stem for file in folder.glob("*.py")} if experiment is None else {experiment}
+    sources: dict[str, bytes] = {}
+    while names - set(sources):
+        name = min(names - set(sources))
+        file = folder / f"{name}.py"
+        if not file.is_file():
+            raise ValueError(f"expected the module of an experiment, found no experiments.{name}")
+        source = file.read_text(encoding="utf-8").partition(_SEEN)[0]
+        sources[name] = source.encode()
+        names |= set(_imported(source))
     digest = hashlib.sha256()
-    for folder in ("rnngrad", "experiments"):
-        for file in sorted((_ROOT / folder).rglob("*.py")):
-            digest.update(file.relative_to(_ROOT).as_posix().encode())
-            digest.update(file.read_bytes())
+    for name, content in sorted(sources.items()):
+        digest.update(name.encode() + b"\0" + content)
+    for file in sorted((_ROOT / "rnngrad").rglob("*.py")):
+        digest.update(file.relative_to(_ROOT).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -39,7 +68,7 @@ def provenance(*, experiment: str, command: str, config: Mapping[str, Any], **fa
         "command": command,
         "config": json.dumps(config, sort_keys=True),
         "rnngrad_version": metadata.version("rnngrad"),
-        "source_digest": source_digest(),
+        "source_digest": source_digest(experiment),
         "python": platform.python_version(),
         "versions": json.dumps({name: metadata.version(name) for name in _RECORDED}),
         "backend": jax.default_backend(),
@@ -126,7 +155,7 @@ class Parts:
     """
 
     def __init__(self, folder: Path, *, experiment: str, config: Mapping[str, Any]) -> None:
-        identity = json.dumps([experiment, config, source_digest()], sort_keys=True)
+        identity = json.dumps([experiment, config, source_digest(experiment)], sort_keys=True)
         self.folder = folder / f".parts-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
         self.experiment = f"part of {experiment}"  # never taken for a whole result
 

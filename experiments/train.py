@@ -194,7 +194,7 @@ def check(config: Config) -> None:
     least = dict.fromkeys(
         ("steps", "hidden_size", "layers", "batch_size", "updates", "eval_every", "eval_sequences", "monitor_every"), 1
     )
-    learning.check_at_least(config, {**least, "checkpoint_every": 1, "patience": 1, "seeds": 1})
+    command.check_at_least(config, {**least, "checkpoint_every": 1, "patience": 1, "seeds": 1})
     learning.check_seeds("--first-seed", config.first_seed, config.seeds)
     learning.check_positive(config, ("learning_rate", "clip"))
     learning.forget_bias(config.forget_bias, config.steps)

@@ -1,14 +1,5 @@
 """Is the LSTM gradient with δh_t = ∂L_t/∂h_t the gradient?
 
-Claim tried: the weights' gradient of an LSTM follows from δc_t = δh_t ⊙ o_t ⊙ (1 − tanh² c_t) + δc_{t+1} ⊙ f_{t+1},
-with δh_t only what the loss takes from h_t itself.
-Source: introductions to the LSTM that print these lines as its backpropagation.  Hochreiter & Schmidhuber 1997, who cut
-the gradient in this way, call it truncated.
-Prediction, made before the first run: the whole gradient is off by 20 % to 80 % at T = 100 for b_f = 0 and 1, and by
-more for b_f = 5 than for b_f = 0, since slower forgetting leaves more steps to pass through the gates.
-Refuted if: the relative error of the whole gradient exceeds 0.1 at some length T.  Whether it still points where the
-true one does (cosine ≥ 0.9), and whether the predictions come true, is checked apart.
-
 For each length, forget bias and seed it runs an untrained LSTM (weights as in Torch) on Gaussian inputs, takes the
 softmax cross-entropy of a random linear read-out of h against random classes, at the last step or as the mean over all
 steps, and compares both gradients with respect to W, U, b: all of it, and gate by gate.  Inputs are Gaussian and not
@@ -36,22 +27,45 @@ import xarray as xr
 
 import rnngrad as rg
 from experiments import command, results
-from experiments.command import Check, UserError
-from experiments.statistics import CONFIDENCE, describe, summarise
+from experiments.claims import Check, Claim
+from experiments.command import Piece, UserError
+from experiments.statistics import describe, summarise
+
+CLAIMS = (
+    Claim(
+        "T1",
+        "The weights' gradient of an LSTM follows from δc_t = δh_t ⊙ o_t ⊙ (1 − tanh² c_t) + δc_{t+1} ⊙ f_{t+1} with "
+        "δh_t = ∂L_t/∂h_t, what the loss takes from h_t itself.",
+        source="introductions to the LSTM that print these lines as its backpropagation; Hochreiter & Schmidhuber "
+        "1997, who cut the gradient in this way, call it truncated",
+        prediction="made before the first run: the whole gradient is off by 20 % to 80 % at T = 100 for b_f = 0 and "
+        "1, and by more for b_f = 5 than for b_f = 0, since slower forgetting leaves more steps to pass through the "
+        "gates",
+        refuted="the relative error of the whole gradient exceeds 0.1 at some length T",
+        functions=("rg.formulas.lstm_gradients", "rg.formulas.truncated_lstm_gradients"),
+        tests=(
+            "tests/test_truncated_gradient.py",
+            "tests/test_formulas.py::test_truncated_is_the_gradient_of_a_run_whose_gates_read_a_constant",
+        ),
+    ),
+)
 
 LOSSES = ("last", "all")
 """The loss of the last step, or the mean over all steps."""
 BLOCKS = ("i", "f", "g", "o", "total")
 """A gate's rows of W, U and b, or everything."""
 LARGEST_ERROR = 0.1
-"""Largest relative error at which one formula is granted to be the other: one digit."""
+"""Largest relative error at which one formula is granted to be the other."""
+WHY_ERROR = "a number that is off by more than a tenth is not right to one digit"
 SMALLEST_COSINE = 0.9
-"""Cosine at which a direction is granted: 26 degrees."""
+"""Cosine at which a direction is granted."""
+WHY_COSINE = "a cosine of 0.9 is an angle of 26 degrees"
 PREDICTED_ERROR = (0.2, 0.8)
 PREDICTED_AT = ("0", "1")
 """Forget biases for which that was predicted."""
 PREDICTED_STEPS = 100
 """And the length."""
+WHY_PREDICTED = "written down before the first run; slower forgetting leaves more steps to pass through the gates"
 
 ForgetBias = float | Literal["chrono"]
 
@@ -85,9 +99,7 @@ SMOKE = Config(steps=(5, 20), forget_biases=(0.0, 5.0, "chrono"), hidden_size=8,
 def check(config: Config) -> None:
     """Raises UserError for settings that cannot be run."""
     least = {"hidden_size": 1, "input_size": 1, "classes": 2, "seeds": 1, "first_seed": 0}
-    for name, lowest in least.items():
-        if getattr(config, name) < lowest:
-            raise UserError(f"--{name.replace('_', '-')}: expected at least {lowest}, found {getattr(config, name)}")
+    command.check_at_least(config, least)
     steps, biases = config.steps, config.forget_biases
     if not steps or list(steps) != sorted(set(steps)) or steps[0] < 2:
         raise UserError(f"--steps: expected numbers of at least 2, rising, found {steps}")
@@ -197,38 +209,23 @@ def run(
       OSError: a part cannot be written.
     """
     check(config)
-    screen = screen or rich.console.Console(quiet=True)
     started = time.perf_counter()
-    precision = jax.enable_x64(True) if config.dtype == "float64" else contextlib.nullcontext()
-    measured, resumed = [], 0
-    with command.progress(screen) as bar, precision:
-        task = bar.add_task("measuring", total=len(config.steps))
-        for steps in config.steps:
-            bar.update(task, description=f"T = {steps}")
-            make = functools.partial(_measure_row, steps, config)
-            part, was_there = (make(), False) if parts is None else parts.get(f"steps-{steps}", make)
-            resumed += was_there
-            measured.append(part)
-            bar.advance(task)
-    if resumed:
-        screen.print(f"resumed: {resumed} of {len(config.steps)} lengths were already measured")
-    dataset = xr.concat([part.drop_attrs() for part in measured], dim="steps").assign_coords(
+    pieces = [
+        Piece(f"steps-{steps}", f"T = {steps}", functools.partial(_measure_row, steps, config))
+        for steps in config.steps
+    ]
+    # entered here and not at import: float64 is a setting of the run
+    with jax.enable_x64(True) if config.dtype == "float64" else contextlib.nullcontext():
+        measured = command.measure(pieces, parts=parts, screen=screen)
+    dataset = xr.concat(measured, dim="steps").assign_coords(
         steps=list(config.steps),
         forget_bias=[bias_name(bias) for bias in config.forget_biases],
         seed=np.arange(config.first_seed, config.first_seed + config.seeds),
         loss=list(LOSSES),
         block=list(BLOCKS),
     )
-    certificate = rg.certificate(config.dtype)
-    dataset.attrs = results.provenance(
-        experiment="truncated_gradient",
-        command=f"python -m experiments.truncated_gradient {command.flags(config)}".strip(),
-        config=command.config_dict(config),
-        dtype=certificate.dtype,
-        matmul_precision=certificate.matmul_precision,
-        confidence=CONFIDENCE,
-        seconds=round(time.perf_counter() - started, 1),
-    )
+    seconds = time.perf_counter() - started
+    dataset.attrs = command.provenance("truncated_gradient", config, seconds=seconds, dtype=config.dtype)
     return derive(dataset)
 
 
@@ -276,7 +273,7 @@ def table(dataset: xr.Dataset) -> rich.table.Table:
     return shown
 
 
-CLAIM, DIRECTION, PREDICTION = "δh_t = ∂L_t/∂h_t gives the gradient", "its direction at least", "prediction"
+_CLAIM = "δh_t = ∂L_t/∂h_t gives the gradient"
 
 
 def _claim_check(dataset: xr.Dataset, loss: str, forget_bias: str) -> Check:
@@ -284,10 +281,12 @@ def _claim_check(dataset: xr.Dataset, loss: str, forget_bias: str) -> Check:
     total = dataset.sel(block="total", loss=loss, forget_bias=forget_bias)
     worst = total.isel(steps=int(total["error_high"].argmax("steps")))
     return Check(
-        name=f"{CLAIM}: {loss}, b_f = {forget_bias}",
-        value=f"error {_interval(worst, 'error')} at T = {int(worst['steps'])}",
-        bound=f"≤ {LARGEST_ERROR:g}",
-        holds=bool(worst["error_high"] <= LARGEST_ERROR),
+        f"{_CLAIM}: {loss}, b_f = {forget_bias}",
+        f"error {_interval(worst, 'error')} at T = {int(worst['steps'])}",
+        f"≤ {LARGEST_ERROR:g}",
+        bool(worst["error_high"] <= LARGEST_ERROR),
+        "T1",
+        WHY_ERROR,
     )
 
 
@@ -296,11 +295,33 @@ def _direction_check(dataset: xr.Dataset, loss: str) -> Check:
     worst = total.isel(total["cosine_low"].argmin(...))
     at = f"b_f = {worst['forget_bias'].item()}, T = {int(worst['steps'])}"
     return Check(
-        name=f"{DIRECTION}: {loss}",
-        value=f"cosine {_interval(worst, 'cosine')} at {at}",
-        bound=f"≥ {SMALLEST_COSINE:g}",
-        holds=bool(worst["cosine_low"] >= SMALLEST_COSINE),
+        f"its direction at least: {loss}",
+        f"cosine {_interval(worst, 'cosine')} at {at}",
+        f"≥ {SMALLEST_COSINE:g}",
+        bool(worst["cosine_low"] >= SMALLEST_COSINE),
+        "T1",
+        WHY_COSINE,
+        decides=False,
     )
+
+
+def _predictions(dataset: xr.Dataset) -> list[Check]:
+    biases = dataset["forget_bias"].values.tolist()
+    error = dataset["error_median"].sel(block="total", steps=PREDICTED_STEPS)
+    low, high = PREDICTED_ERROR
+    found: list[tuple[str, str, str, bool]] = []
+    for loss in LOSSES:
+        at = {forget_bias: float(error.sel(loss=loss, forget_bias=forget_bias)) for forget_bias in biases}
+        for forget_bias in filter(biases.__contains__, PREDICTED_AT):
+            name = f"error at T = {PREDICTED_STEPS}: {loss}, b_f = {forget_bias}"
+            found.append((name, f"{at[forget_bias]:.3f}", f"{low:g} to {high:g}", low <= at[forget_bias] <= high))
+        if {"0", "5"} <= set(biases):
+            name, value = f"more error at b_f = 5 than at 0: {loss}", f"{at['5']:.2f} against {at['0']:.2f}"
+            found.append((name, value, "more", at["5"] > at["0"]))
+    return [
+        Check(f"prediction, {name}", value, bound, holds, "T1", WHY_PREDICTED, decides=False)
+        for name, value, bound, holds in found
+    ]
 
 
 def verdict(dataset: xr.Dataset) -> list[Check]:
@@ -310,53 +331,28 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
     biases = dataset["forget_bias"].values.tolist()
     checks = [_claim_check(dataset, loss, forget_bias) for loss in LOSSES for forget_bias in biases]
     checks += [_direction_check(dataset, loss) for loss in LOSSES]
-    if PREDICTED_STEPS not in dataset["steps"]:
-        return checks
-    error = dataset["error_median"].sel(block="total", steps=PREDICTED_STEPS)
-    low, high = PREDICTED_ERROR
-    for loss in LOSSES:
-        at = {forget_bias: float(error.sel(loss=loss, forget_bias=forget_bias)) for forget_bias in biases}
-        for forget_bias in filter(biases.__contains__, PREDICTED_AT):
-            checks.append(
-                Check(
-                    f"{PREDICTION}, error at T = {PREDICTED_STEPS}: {loss}, b_f = {forget_bias}",
-                    f"{at[forget_bias]:.3f}",
-                    f"{low:g} to {high:g}",
-                    low <= at[forget_bias] <= high,
-                )
-            )
-        if {"0", "5"} <= set(biases):
-            checks.append(
-                Check(
-                    f"{PREDICTION}, more error at b_f = 5 than at 0: {loss}",
-                    f"{at['5']:.2f} against {at['0']:.2f}",
-                    "more",
-                    at["5"] > at["0"],
-                )
-            )
-    return checks
+    return checks + (_predictions(dataset) if PREDICTED_STEPS in dataset["steps"] else [])
 
 
-def summary(dataset: xr.Dataset) -> str:
-    """Returns the verdict in one sentence."""
+def summary(dataset: xr.Dataset) -> dict[str, str]:
+    """Returns the finding in a few sentences."""
     every = verdict(dataset)
-    claims = [check for check in every if check.name.startswith(CLAIM)]
-    holding = [check.name.removeprefix(f"{CLAIM}: ") for check in claims if check.holds]
-    if not holding:
-        sentence = f"Claim “{CLAIM}”: does not hold at any forget bias."
-    elif len(holding) == len(claims):
-        sentence = f"Claim “{CLAIM}”: holds at every forget bias."
-    else:
-        sentence = f"Claim “{CLAIM}”: holds only for {'; '.join(holding)}."
-    lost = [check for check in every if check.name.startswith(DIRECTION) and not check.holds]
-    found = " and ".join(f"{check.value} ({check.name.removeprefix(f'{DIRECTION}: ')})" for check in lost)
-    sentence += f"  Nor is the direction kept: {found}." if lost else "  The direction is kept."
-    missed = [
-        check.name.removeprefix(f"{PREDICTION}, ")
-        for check in every
-        if check.name.startswith(PREDICTION) and not check.holds
-    ]
-    return sentence + (f"  Predictions that came out otherwise: {'; '.join(missed)}." if missed else "")
+    errors = dataset["error_median"].sel(block="total").isel(steps=-1)
+    sentence = (
+        f"at T = {int(dataset['steps'][-1])} the whole gradient is off by {float(errors.min()):.0%} to "
+        f"{float(errors.max()):.0%}, by forget bias and loss."
+    )
+    holding = [check.name.removeprefix(f"{_CLAIM}: ") for check in every if check.decides and check.holds]
+    if holding:
+        sentence += f"  It is within {LARGEST_ERROR:.0%} at every length for {'; '.join(holding)}."
+    direction = [check for check in every if check.name.startswith("its direction")]
+    lost = [f"{check.value} ({check.name.rsplit(': ', 1)[1]})" for check in direction if not check.holds]
+    sentence += f"  Nor is the direction kept: {' and '.join(lost)}." if lost else "  The direction is kept."
+    predicted = [check for check in every if check.name.startswith("prediction, ")]
+    missed = [check.name.removeprefix("prediction, ") for check in predicted if not check.holds]
+    if missed:
+        sentence += f"  Predictions that came out otherwise: {'; '.join(missed)}."
+    return {"T1": sentence}
 
 
 _COLOURS = ("#16325c", "#2f6f9f", "#4aa3a2", "#8a9a3b", "#d97706", "#c81e4a", "#7a3b8f", "#555555")
@@ -426,12 +422,27 @@ ABOUT = """Is the LSTM gradient with δh_t = ∂L_t/∂h_t the gradient?
 Computes the true and the truncated gradient of a softmax cross-entropy along the same runs, for several lengths and
 forget biases; prints relative errors and cosines with intervals, and writes a figure and a netCDF file."""
 
-EXPERIMENT = command.Experiment("truncated_gradient", ABOUT, run, table, verdict, summary, figure)
+CAPTION = """Relative error of the LSTM gradient computed with δh_t = ∂L_t/∂h_t, against the length of the
+sequence for several forget biases, and gate by gate at the longest; left for the loss of the last step, right for the
+mean over all steps."""
+
+EXPERIMENT = command.Experiment(
+    name="truncated_gradient",
+    about=ABOUT,
+    claims=CLAIMS,
+    default=Config(),
+    smoke=SMOKE,
+    run=run,
+    table=table,
+    verdict=verdict,
+    summary=summary,
+    pictures=(command.Picture("", CAPTION, figure),),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
-    command.main(EXPERIMENT, Config(), SMOKE, arguments)
+    command.main(EXPERIMENT, arguments)
 
 
 if __name__ == "__main__":

@@ -110,47 +110,63 @@ def test_derived_quantities_recompute(tiny):
 
 
 def test_verdict_follows_the_data(tiny):
+    identity, true, decays, eigenvalue = "product = derivative", "bound true", "decays as", "largest eigenvalue"
+    true_with_1, says_something, gates = "with σ' ≤ 1 the bound is true", "with σ' ≤ 1 the bound says", "gated term"
+
     def found(prefix, dataset):
         return [check.holds for check in bounds.verdict(dataset) if check.name.startswith(prefix)]
 
-    assert found(bounds.IDENTITY_CHECK, tiny) == [True]
-    assert found(f"A1, {bounds.TRUE}", tiny) == [True]
-    assert found(bounds.EIGENVALUE, tiny) == [False, False]
-    assert found(bounds.GATES, tiny) == [True, True]
-    assert found(bounds.PREDICTION, tiny) == []  # made for lag 100 only
+    def words(dataset):
+        return [verdict.word for verdict in bounds.EXPERIMENT.verdicts(dataset)]
+
+    assert found(identity, tiny) == found(true, tiny) == found(true_with_1, tiny) == [True]
+    assert found(eigenvalue, tiny) == [False, False]
+    assert found(gates, tiny) == [True, True]
+    assert found("prediction", tiny) == []  # made for lag 100 only
+    assert words(tiny)[2] == "holds"
     changed = tiny.copy(deep=True)
     changed["log_identity_error"][0, 0] = np.log(2e-10)
     changed["excess"][1, 1] = 1e-3
     changed["gate_excess"][1, 0] = 1e-3
     changed["looseness_high"][:] = [0.9, 1.1, 0.9, 1.1]
     changed["rate_slope_1_high"][2:] = [-0.01, 0.0]
-    assert found(bounds.IDENTITY_CHECK, changed) == [False]
-    assert found(f"A1, {bounds.TRUE}", changed) == [False]
-    assert found(bounds.GATES, changed) == [True, False]
-    assert found(bounds.DECAYS, changed) == [True, False, True, False]
-    assert found(bounds.VACUOUS, changed) == [True, False]
+    changed["log_chain"][3, 1, 5] = 1.0  # above σ_max^5 = 1 of orthogonal weights
+    assert found(identity, changed) == found(true, changed) == found(true_with_1, changed) == [False]
+    assert found(gates, changed) == [True, False]
+    assert found(decays, changed) == [True, False, True, False]
+    assert found(says_something, changed) == [True, False]
+    assert words(changed) == ["holds only if"] * 3
     text = bounds.summary(changed)
-    for words in (
-        "the identity does not hold, the bound does not hold",
-        "holds only for tanh, torch; sigmoid, torch",
-        "excludes nothing somewhere",
-        "Largest eigenvalue as β_W: does not hold",
-        "B4: does not hold",
-    ):
-        assert words in text
-    assert "the identity holds, the bound holds" in bounds.summary(tiny)
+    assert "it is broken; read as an upper bound" in text["A1"]
+    assert "it is broken at every lag" in text["A1"]
+    assert "close only for tanh, torch; sigmoid, torch" in text["A1"]
+    assert "largest eigenvalue for β_W the bound is broken" in text["A1"]
+    assert "with σ' ≤ 1 the bound is broken" in text["A2"]
+    assert "excludes that the chain grows, for torch." in text["A2"]
+    assert "exceeds γ_w γ_x γ_h for orthogonal" in text["B4"]
+    text = bounds.summary(tiny)
+    assert "read as an identity it is exact" in text["A1"]
+    assert "it is true at every lag" in text["A1"]
+    assert "stays below γ_w γ_x γ_h at every step" in text["B4"]
+
+
+def test_without_sigmoid_a2_is_not_decided(tiny):
+    tanh = tiny.isel(row=tiny["activation"].values == "tanh")
+    verdict = bounds.EXPERIMENT.verdicts(tanh)[1]
+    assert (verdict.claim, verdict.word) == ("A2", "not decided")
+    assert "no sigmoid row" in verdict.sentence
 
 
 def test_prediction_is_checked_at_its_lag(tiny):
     at_lag = tiny.copy(deep=True).assign_attrs(check_lag=bounds.CHECK_LAG)
     at_lag = at_lag.reindex(lag=np.arange(101), fill_value=0.0)
     at_lag["looseness_low"][:] = [12, 30, 10.5, 11]
-    (check,) = [check for check in bounds.verdict(at_lag) if check.name.startswith(bounds.PREDICTION)]
+    (check,) = [check for check in bounds.verdict(at_lag) if not check.decides]
     assert check.holds
     at_lag["looseness_low"][2] = 9.5
-    (check,) = [check for check in bounds.verdict(at_lag) if check.name.startswith(bounds.PREDICTION)]
+    (check,) = [check for check in bounds.verdict(at_lag) if not check.decides]
     assert not check.holds
-    assert "predicted looseness came out smaller" in bounds.summary(at_lag)
+    assert "predicted looseness came out smaller" in bounds.summary(at_lag)["A1"]
 
 
 def test_table_and_figure_are_drawn(tiny):
@@ -159,6 +175,8 @@ def test_table_and_figure_are_drawn(tiny):
     titles = [axes.get_title() for axes in drawn.axes]
     assert titles[:2] == ["vanilla RNN, tanh", "vanilla RNN, sigmoid"]
     assert len(titles) == 4
+    low, high = tiny["looseness_median"].values[:2].min(), tiny["looseness_median"].values[:2].max()
+    assert f"10^{low:.0f} to 10^{high:.0f} times the truth" in drawn.axes[0].texts[0].get_text()
 
 
 def test_interrupted_run_resumes(tmp_path, monkeypatch):

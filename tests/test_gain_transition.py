@@ -116,15 +116,28 @@ def test_verdict_follows_the_data(tiny):
         (0.56, 2.5, [False, False]),
     ):
         assert [check.holds for check in gain_transition.verdict(with_crossing(low, high))] == expected
-    text = gain_transition.summary(with_crossing(chi * 0.95, chi * 1.05))
-    assert "does not hold" in text
-    assert text.endswith("The prediction χ = 1 came true.")
-    assert "holds in every row judged" in gain_transition.summary(with_crossing(0.5, 0.52))
+
+    def verdict(dataset):
+        (found,) = gain_transition.EXPERIMENT.verdicts(dataset)
+        return found
+
+    elsewhere = verdict(with_crossing(chi * 0.95, chi * 1.05))
+    assert elsewhere.word == "does not hold"
+    assert "at σ_max = 1 for no kind of weights and input, and elsewhere for gaussian" in elsewhere.sentence
+    assert elsewhere.sentence.endswith("The prediction, χ = 1, came true in every row.")
+    there = verdict(with_crossing(0.5, 0.52))
+    assert there.word == "holds"
+    assert "at σ_max = 1 for gaussian, input variance 1; a chain" in there.sentence
+    assert there.sentence.endswith("The prediction, χ = 1, failed for gaussian, input variance 1.")
+    both = [with_crossing(0.5, 0.52), with_crossing(chi, chi).assign_coords(weights=("row", ["orthogonal"]))]
+    assert verdict(xr.concat(both, dim="row").assign_attrs(tiny.attrs)).word == "holds only if"
     one_missing = with_crossing(0.5, 0.52)
     one_missing["crossing"][0, 1] = np.nan
-    assert gain_transition.verdict(one_missing) == []
-    assert gain_transition.summary(one_missing) == (
-        "The claim is not tried.  Not judged, since a crossing lies outside the gains swept: "
+    (check,) = gain_transition.verdict(one_missing)
+    assert (check.holds, check.value) == (None, "1 of 3 seeds never cross")
+    assert verdict(one_missing).word == "not decided"
+    assert verdict(one_missing).sentence == (
+        "the claim is not tried.  Not judged, since a crossing lies outside the gains swept: "
         "gaussian, input variance 1."
     )
 

@@ -97,7 +97,7 @@ def test_parts_are_resumed_only_by_the_same_configuration(tmp_path):
 
 def test_provenance_is_complete_and_names_no_path():
     found = results.provenance(
-        experiment="x", command="python -m experiments.x", config={"a": 1}, text=None, dtype="float32"
+        experiment="retention", command="python -m experiments.retention", config={"a": 1}, text=None, dtype="float32"
     )
     for name in ("config", "rnngrad_version", "source_digest", "python", "versions", "backend", "device", "created"):
         assert found[name]
@@ -106,11 +106,32 @@ def test_provenance_is_complete_and_names_no_path():
     assert not any(str(results._ROOT) in str(value) for value in found.values())
 
 
-def test_source_digest_changes_with_the_sources(tmp_path, monkeypatch):
-    (tmp_path / "rnngrad").mkdir()
-    (tmp_path / "experiments").mkdir()
-    (tmp_path / "rnngrad" / "a.py").write_text("x = 1\n")
+def test_source_digest_is_that_of_what_makes_the_result(tmp_path, monkeypatch):
+    """The library, the module and what it imports; not other experiments, nor what only shows."""
+
+    def write(name, text):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    seen = "\n# --- what a person sees ---\n"
+    write("rnngrad/a.py", "x = 1\n")
+    write("experiments/one.py", f"from experiments import shared\ny = 1{seen}z = 1\n")
+    write("experiments/shared.py", "from experiments.deeper import name\n")
+    write("experiments/deeper.py", "name = 1\n")
+    write("experiments/two.py", "y = 2\n")
     monkeypatch.setattr(results, "_ROOT", tmp_path)
-    before = results.source_digest()
-    (tmp_path / "rnngrad" / "a.py").write_text("x = 2\n")
-    assert results.source_digest() != before
+    before, everything = results.source_digest("one"), results.source_digest()
+    for name, text, changes in (
+        ("experiments/two.py", "y = 3\n", False),
+        ("experiments/one.py", f"from experiments import shared\ny = 1{seen}z = 2\n", False),
+        ("experiments/one.py", f"from experiments import shared\ny = 2{seen}z = 2\n", True),
+        ("experiments/deeper.py", "name = 2\n", True),
+        ("rnngrad/a.py", "x = 2\n", True),
+    ):
+        write(name, text)
+        now = results.source_digest("one")
+        assert (now != before) == changes, name
+        before = now
+    assert results.source_digest() != everything
+    with pytest.raises(ValueError, match=r"found no experiments\.three"):
+        results.source_digest("three")

@@ -84,18 +84,26 @@ def _with(dataset, **changes):
 
 
 def test_verdict_follows_the_data(tiny):
-    summary = truncated_gradient.summary
+
+    def verdict(dataset):
+        (found,) = truncated_gradient.EXPERIMENT.verdicts(dataset)
+        return found
+
     granted = _with(tiny, error=0.05, cosine=0.99)
-    assert "holds at every forget bias" in summary(granted)
-    assert "The direction is kept." in summary(granted)
+    assert verdict(granted).word == "holds"
+    assert "The direction is kept." in verdict(granted).sentence
     refuted = _with(tiny, error=0.5, cosine=0.5)
-    assert "does not hold at any forget bias" in summary(refuted)
-    assert "Nor is the direction kept: cosine 0.50" in summary(refuted)
+    assert verdict(refuted).word == "does not hold"
+    assert "off by 50% to 50%" in verdict(refuted).sentence
+    assert "Nor is the direction kept: cosine 0.50" in verdict(refuted).sentence
+    # the direction decides nothing
+    assert verdict(_with(tiny, error=0.05, cosine=0.5)).word == "holds"
     # one length is enough to refute, one gate is not: the claim is about the whole gradient
     granted["error"].loc[{"steps": 6, "forget_bias": "0", "block": "total"}] = 0.3
     granted["error"].loc[{"forget_bias": "chrono", "block": "f"}] = 0.3
-    some = summary(truncated_gradient.derive(granted))
-    assert "holds only for last, b_f = chrono; all, b_f = chrono" in some
+    some = verdict(truncated_gradient.derive(granted))
+    assert some.word == "holds only if"
+    assert "within 10% at every length for last, b_f = chrono; all, b_f = chrono." in some.sentence
     granted["error"][0, 0, 0, 0, 0] = np.nan
     with pytest.raises(ValueError, match="a seed gave no number, nothing to judge"):
         truncated_gradient.verdict(granted)
@@ -106,9 +114,11 @@ def test_predictions_are_checked_where_they_apply(tiny):
     assert names(tiny) == []
     as_predicted = _with(tiny, error=0.3).assign_coords(steps=[10, 100], forget_bias=["0", "5"])
     assert len(names(as_predicted)) == 4
-    assert "out otherwise: more error at b_f = 5 than at 0: last; more" in truncated_gradient.summary(as_predicted)
+    sentence = truncated_gradient.summary(as_predicted)["T1"]
+    assert "out otherwise: more error at b_f = 5 than at 0: last; more" in sentence
+    assert not any(c.decides for c in truncated_gradient.verdict(as_predicted) if c.name in names(as_predicted))
     as_predicted["error"].loc[{"forget_bias": "5"}] = 0.6
-    assert "otherwise" not in truncated_gradient.summary(truncated_gradient.derive(as_predicted))
+    assert "otherwise" not in truncated_gradient.summary(truncated_gradient.derive(as_predicted))["T1"]
 
 
 def test_figure_shows_both_losses_and_every_bias(tiny):

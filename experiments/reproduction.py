@@ -1,0 +1,252 @@
+"""The reproduction: every experiment in a process of its own, resumed where it stopped, with a report of what stands.
+
+A process of its own, because a claim that crashes, whatever way, must not take the others along.  What an experiment
+prints goes into ``logs/<name>.log``; the lines ``[done/all] label`` that it prints per piece move the progress bar.
+A finished result is not made again when it was made by the same sources with the same settings; it is said so.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import rich.console
+import rich.progress
+import xarray as xr
+
+from experiments import command, registry, results
+from experiments.claims import Check, Verdict
+from experiments.command import Experiment
+
+State = Literal["done", "done before", "older sources", "other settings", "crashed", "missing"]
+"""done before: and so not run again; older sources, other settings: the result of such is there, and shown."""
+SOUND = ("done", "done before", "older sources")
+"""States in which there is a verdict on the claims as they are tried here."""
+
+
+class Standing(NamedTuple):
+    """What a folder holds of one experiment."""
+
+    experiment: Experiment
+    state: State
+    reason: str
+    """Why there is no sound result; empty when there is."""
+    dataset: xr.Dataset | None = None
+    checks: tuple[Check, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+
+
+def _failures(folder: Path) -> dict[str, str]:
+    """What crashed in the last run into this folder, by name; an unreadable file holds nothing."""
+    try:
+        found = json.loads((folder / "failures.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(name): str(reason) for name, reason in found.items()} if isinstance(found, dict) else {}
+
+
+def _is_of(dataset: xr.Dataset, config: Any) -> bool:
+    """Whether the stored settings are these; a place on a machine is none."""
+    wanted = {name: value for name, value in command.config_dict(config).items() if name != "data_dir"}
+    found = json.loads(dataset.attrs["config"])
+    return {name: value for name, value in found.items() if name != "data_dir"} == json.loads(json.dumps(wanted))
+
+
+def standing(experiment: Experiment, folder: Path, *, smoke: bool = False) -> Standing:
+    """Returns what ``folder`` holds of an experiment, its verdicts recomputed from the stored data."""
+    failure = _failures(folder).get(experiment.name)
+    try:
+        dataset = results.load(folder / f"{experiment.name}.nc", experiment=experiment.name)
+        checks, verdicts = tuple(experiment.verdict(dataset)), tuple(experiment.verdicts(dataset))
+    except FileNotFoundError:
+        return Standing(experiment, "crashed", failure) if failure else Standing(experiment, "missing", "not run yet")
+    except Exception as error:  # whatever a damaged or foreign file makes of a verdict, the others go on
+        return Standing(experiment, "crashed", failure or f"{type(error).__name__}: {error}")
+    state: State = "done"
+    reason = ""
+    if failure:
+        state, reason = "crashed", failure
+    elif not _is_of(dataset, experiment.smoke if smoke else experiment.default):
+        state, reason = "other settings", "the result that is there was made with other settings"
+    elif dataset.attrs["source_digest"] != results.source_digest(experiment.name):
+        state = "older sources"
+    return Standing(experiment, state, reason, dataset, checks, verdicts)
+
+
+def _last_words(text: str) -> str:
+    """The last line that is not empty: the message of an error, of a traceback its last line."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip()[:500] if lines else "no output"
+
+
+_DONE_OF_ALL = re.compile(r"\[(\d+)/(\d+)\] (.*)")
+
+
+class _Processes:
+    """The processes under way, so that an interruption reaches all of them."""
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen[str]] = set()
+        self.stopped = threading.Event()
+        self.lock = threading.Lock()
+
+    def start(self, words: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str] | None:
+        with self.lock:
+            if self.stopped.is_set():
+                return None
+            process = subprocess.Popen(
+                words,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                # in a group of its own: an interruption from the keyboard is passed on by us, once
+                start_new_session=True,
+            )
+            self.running.add(process)
+            return process
+
+    def stop(self) -> None:
+        self.stopped.set()
+        with self.lock:
+            for process in self.running:
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGINT)
+
+
+def program(name: str) -> list[str]:
+    """Returns the words that start an experiment in a process of its own."""
+    return [sys.executable, "-m", f"experiments.{name}"]
+
+
+def _run_one(
+    name: str, folder: Path, *, smoke: bool, processes: _Processes, bar: rich.progress.Progress
+) -> tuple[str | None, float]:
+    """Returns why the experiment failed, None if it did not, and the seconds it took."""
+    environment = dict(os.environ, MPLBACKEND="Agg", PYTHONUNBUFFERED="1", COLUMNS="150")
+    if smoke:  # nearly all of it is compiling
+        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    words = [*program(name), "--out", str(folder), *(["--smoke"] if smoke else [])]
+    started = time.perf_counter()
+    process = processes.start(words, environment)
+    if process is None or process.stdout is None:
+        return "interrupted", 0.0
+    task = bar.add_task(f"  {name}", total=None)
+    said: list[str] = []
+    with process.stdout as lines, (folder / "logs" / f"{name}.log").open("w", encoding="utf-8") as log:
+        for line in lines:
+            log.write(line)
+            said.append(line)
+            matched = _DONE_OF_ALL.match(line)
+            if matched:
+                done, of_all, label = matched.groups()
+                bar.update(task, completed=int(done), total=int(of_all), description=f"  {name}: {label}")
+    code = process.wait()
+    processes.running.discard(process)
+    bar.remove_task(task)
+    seconds = time.perf_counter() - started
+    if code == 0:
+        return None, seconds
+    if code == 130 or processes.stopped.is_set():
+        return "interrupted", seconds
+    killed = f"killed by signal {-code}: " if code < 0 else ""
+    return killed + _last_words("".join(said)), seconds
+
+
+class Reproduced(NamedTuple):
+    """How a reproduction went."""
+
+    standings: list[Standing]
+    interrupted: bool
+
+
+def _write_failures(folder: Path, failures: Mapping[str, str]) -> None:
+    if not failures:
+        (folder / "failures.json").unlink(missing_ok=True)
+        return
+    with results.whole_file(folder / "failures.json") as temporary:
+        temporary.write_text(json.dumps(dict(failures), indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM end the run like an interruption from the keyboard, so that no child is left behind."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def reproduce(
+    names: Sequence[str], folder: Path, *, smoke: bool, jobs: int, screen: rich.console.Console
+) -> Reproduced:
+    """Runs the experiments into ``folder``, ``jobs`` at a time, and returns what stands there afterwards.
+
+    Raises:
+      NotWritableError: the folder cannot be written to.
+    """
+    results.writable_folder(folder / "logs")
+    experiments = registry.experiments(names)
+    failures = {name: reason for name, reason in _failures(folder).items() if name not in names}
+    _write_failures(folder, failures)  # what crashed before is tried again
+    before = {experiment.name: standing(experiment, folder, smoke=smoke) for experiment in experiments}
+    processes, interrupted = _Processes(), False
+    with command.progress(screen) as bar, _terminable():
+        whole = bar.add_task("all claims", total=len(names))
+
+        def one(name: str) -> None:
+            nonlocal interrupted
+            at = before[name]
+            if at.state == "done":
+                before[name] = at._replace(state="done before")
+                screen.print(f"{name}: done before with these settings and sources", highlight=False)
+                bar.advance(whole)
+                return
+            if at.state in ("other settings", "older sources"):
+                screen.print(f"{name}: a result is there, but of {at.state}: made again", highlight=False)
+            reason, seconds = _run_one(name, folder, smoke=smoke, processes=processes, bar=bar)
+            if reason == "interrupted":
+                interrupted = True
+                return
+            if reason is not None:
+                failures[name] = reason
+                _write_failures(folder, failures)
+                screen.print(f"[bold]{name}: crashed[/bold] after {seconds:.0f} s: ", end="")
+                screen.print(f"{reason} (logs/{name}.log)", markup=False, highlight=False)
+            else:
+                screen.print(f"{name}: done after {seconds:.0f} s", highlight=False)
+            bar.advance(whole)
+
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(one, name) for name in names]
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    future.result()
+            except BaseException as error:
+                processes.stop()
+                pool.shutdown(wait=True, cancel_futures=True)
+                if not isinstance(error, KeyboardInterrupt):
+                    raise
+                interrupted = True
+    after = []
+    for experiment in experiments:
+        now = standing(experiment, folder, smoke=smoke)
+        after.append(before[experiment.name] if before[experiment.name].state == "done before" else now)
+    return Reproduced(after, interrupted)
