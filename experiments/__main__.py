@@ -11,6 +11,7 @@ python -m experiments.NAME --help     one experiment
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,11 +90,11 @@ class All:
     only: tuple[str, ...] = ()
     """Experiments, or claims, instead of all."""
     jobs: int | None = None
-    """Experiments at a time.  Default: 1, since one uses all cores; with --smoke 2, since compiling does not."""
+    """Experiments at a time.  Default: 2 where there are two cores, since small networks keep one busy and no more."""
 
     def execute(self, screen: rich.console.Console) -> int:
         names = _chosen(self.only)
-        jobs = (2 if self.smoke else 1) if self.jobs is None else self.jobs
+        jobs = min(2, os.cpu_count() or 1) if self.jobs is None else self.jobs
         if jobs < 1:
             raise UserError(f"--jobs: expected at least 1, found {jobs}")
         folder = self.out or Path("out") / ("smoke" if self.smoke else "reproduce")
@@ -166,10 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 1 where a claim crashed, 130 after an interruption."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["list"]
     chosen = tyro.cli(
-        tyro.conf.OmitSubcommandPrefixes[Commands],  # type: ignore[valid-type]
+        Commands,
         args=words,
         prog="python -m experiments",
         description=_ABOUT,
+        config=(tyro.conf.OmitSubcommandPrefixes,),
     )
     execute: Callable[[rich.console.Console], int] = chosen.execute
     try:

@@ -83,10 +83,11 @@ def short_text(standings: Sequence[Standing]) -> str:
     """Returns a line per claim: as it circulates, and the word of its verdict."""
     lines = ["| claim | as it circulates | verdict |", "|---|---|---|"]
     found = {verdict.claim: verdict.word for at in standings for verdict in at.verdicts}
-    claims = [claim for at in standings for claim in at.experiment.claims]
-    for claim in sorted(claims, key=lambda claim: registry.in_order(claim.id)):
+    claims = [(claim, at.experiment.name) for at in standings for claim in at.experiment.claims]
+    for claim, name in sorted(claims, key=lambda pair: registry.in_order(pair[0].id)):
         word = found.get(claim.id, "no verdict")
-        lines.append(f"| {claim.id} | {_cell(claim.statement)} | {word}{' …' if word == 'holds only if' else ''} |")
+        cells = (f"[{claim.id}](experiments/README.md#{name})", claim.statement, word)
+        lines.append(f"| {' | '.join(map(_cell, cells))}{' …' if word == 'holds only if' else ''} |")
     return "\n".join(lines)
 
 

@@ -403,7 +403,7 @@ def _first_norm(dataset: xr.Dataset, activation: str, gain: float) -> float:
 
 
 def _size(norm: float) -> str:
-    """A norm with two digits: 3.5, 120, 2 · 10^5."""
+    """A norm with two digits, a large one as a power: 3.5, 120, 10^5."""
     if not math.isfinite(norm):
         return "beyond float32"
     return f"{float(f'{norm:.2g}'):g}" if norm < 1e4 else f"10^{math.log10(norm):.0f}"
@@ -593,7 +593,7 @@ def summary(dataset: xr.Dataset) -> dict[str, str]:
         better, survivors = _better(dataset, activation, gain)
         if better < survivors:
             first += (
-                f"; with {THRESHOLD:g} per token {better} of the {survivors} survivors of {activation} at gain {gain:g} "
+                f"; with {THRESHOLD:g} per token {better} of {survivors} survivors of {activation} at gain {gain:g} "
                 "are better than guessing"
             )
     overflows = dataset["failed_at"].sel(row=_TRIED).isel(learning_rate=0) == 1

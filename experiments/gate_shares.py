@@ -46,7 +46,7 @@ import rnngrad as rg
 from experiments import command, results
 from experiments.claims import Check, Claim
 from experiments.command import Piece, UserError
-from experiments.statistics import Interval, describe, median_interval, summarise
+from experiments.statistics import Interval, describe, median_interval
 from experiments.trials import Trainer
 
 CLAIMS = (
@@ -424,15 +424,37 @@ _DESCRIPTIONS = {
 }
 
 
+def _counts(dataset: xr.Dataset) -> np.ndarray:
+    """Returns (bias, stage, seed) whether a network is there and, if it was trained, learned its task."""
+    is_there = np.isfinite(dataset["gate_share"]).all("gate")
+    learned = (dataset["stage"] != STAGES[2]) | (dataset["task_loss"] <= ADDING_SOLVED)
+    return np.asarray((is_there & learned).transpose("bias", "stage", "seed").values)
+
+
+def _summarise(dataset: xr.Dataset, names: Sequence[str]) -> None:
+    """Adds median and interval over the seeds that count, kind by kind: an interval takes no missing seeds."""
+    counts = _counts(dataset)
+    for name in names:
+        values = dataset[name].transpose("bias", "stage", "seed", ...)
+        dims = tuple(dim for dim in values.dims if dim != "seed")
+        shape = (len(Interval._fields), *(values.sizes[dim] for dim in dims))
+        found = np.full(shape, np.nan, np.float32)
+        for bias, stage in np.ndindex(counts.shape[:2]):
+            of_kind = values.values[bias, stage][counts[bias, stage]]
+            if len(of_kind):
+                found[:, bias, stage] = median_interval(of_kind, axis=0)
+        units, text = _DESCRIPTIONS[name]
+        for statistic, of_statistic in zip(Interval._fields, found, strict=True):
+            attrs = {"units": units, "description": f"{statistic} over seeds: {text}"}
+            dataset[f"{name}_{statistic}"] = (dims, of_statistic, attrs)
+
+
 def derive(dataset: xr.Dataset) -> xr.Dataset:
     """Returns the dataset with the cost of closing i ⊙ g, and medians and intervals over seeds."""
     chain = dataset["log_chain"]
     dataset["log_cost"] = chain.sel(path="full", drop=True) - chain.sel(path=CLOSED, drop=True)
-    summarise(dataset, ("log_cost", "gate_share", "output_share"), _DESCRIPTIONS)
-    for name in MEASURED:
-        if name in _DESCRIPTIONS:
-            describe(dataset, {name: _DESCRIPTIONS[name]})
-    return describe(dataset, {"log_cost": _DESCRIPTIONS["log_cost"]})
+    _summarise(dataset, ("log_cost", "gate_share", "output_share"))
+    return describe(dataset, {name: _DESCRIPTIONS[name] for name in _DESCRIPTIONS if name in dataset})
 
 
 def run(
@@ -468,7 +490,8 @@ def run(
         networks = xr.concat(trained[first : first + config.training_seeds], dim="seed")
         # fewer seeds and shorter lags than those of the fresh networks become NaN
         of_fresh = fresh[index].expand_dims(stage=[STAGES[0]])
-        by_bias.append(xr.merge([of_fresh, networks.assign_coords(stage=list(STAGES[1:]))], join="outer"))
+        networks = networks.assign_coords(stage=list(STAGES[1:]))
+        by_bias.append(xr.merge([of_fresh, networks], join="outer", compat="no_conflicts"))
     dataset = xr.concat(by_bias, dim="bias").sel(stage=list(STAGES))
     # whole numbers became floats where fresh networks have none
     for name in ("log_chain", "gate_share", "output_share", "sum_error", *_BY_LAG, "task_loss"):
@@ -483,14 +506,7 @@ def run(
         word=("word_step", TEXT.split()),
     )
     seconds = time.perf_counter() - started
-    # a network that did not learn the task tells nothing of trained ones
-    counts = (dataset["stage"] != STAGES[2]) | (dataset["task_loss"] <= ADDING_SOLVED)
-    for name in _BY_LAG:
-        dataset[name] = dataset[name].where(counts)
-    summarise(dataset, _BY_LAG, _DESCRIPTIONS)
-    for name in _BY_LAG:
-        for statistic in Interval._fields:
-            dataset[f"{name}_{statistic}"] = dataset[f"{name}_{statistic}"].astype(np.float32)
+    _summarise(dataset, _BY_LAG)
     dataset = dataset.drop_vars(_BY_LAG)
     dataset.attrs = command.provenance("gate_shares", config, seconds=seconds, dtype="float64", text=TEXT)
     return derive(dataset)
@@ -501,16 +517,12 @@ def run(
 
 def _kinds(dataset: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
     """Returns every kind of network with its name; of trained ones those that learned."""
-    kinds = []
-    for stage in dataset["stage"].values.tolist():
-        for bias in dataset["bias"].values.tolist():
-            of_kind = dataset.sel(stage=stage, bias=bias)
-            # seeds that this kind does not have
-            there = np.isfinite(of_kind["gate_share"].values).all(axis=-1)
-            if stage == STAGES[2]:
-                there &= of_kind["task_loss"].values <= ADDING_SOLVED
-            kinds.append((f"{stage}, {bias}", of_kind.isel(seed=np.flatnonzero(there))))
-    return kinds
+    counts = _counts(dataset)
+    return [
+        (f"{stage}, {bias}", dataset.sel(stage=stage, bias=bias).isel(seed=np.flatnonzero(counts[at_bias, at_stage])))
+        for at_stage, stage in enumerate(dataset["stage"].values.tolist())
+        for at_bias, bias in enumerate(dataset["bias"].values.tolist())
+    ]
 
 
 def _text(interval: Interval, digits: int = 2) -> str:
@@ -709,6 +721,11 @@ def _stored(row: xr.Dataset, name: str) -> list[np.ndarray]:
     return [row[f"{name}_{statistic}"].values for statistic in Interval._fields]
 
 
+def _length(stored: xr.Dataset) -> int:
+    """Returns T of one kind."""
+    return int(np.isfinite(stored["gate_share_by_lag_median"].transpose("gate", "step_lag")).any("gate").sum()) or 1
+
+
 def _shown(dataset: xr.Dataset) -> list[tuple[str, xr.Dataset, xr.Dataset]]:
     """Returns the kinds of a figure: title, the kind with the seeds that count, and the medians stored for it."""
     kinds = dict(_kinds(dataset))
@@ -745,8 +762,7 @@ def figure(dataset: xr.Dataset) -> matplotlib.figure.Figure:
                 _band(bottom, kind["lag"].values, median_interval(logs, axis=0), style)
         bottom.set_xlabel("lag (steps)")
         for axes in (top, bottom):
-            has = np.isfinite(stored["gate_share_by_lag_median"].values).any(axis=0)
-            axes.set_xlim(0, float(stored["step_lag"].values[has].max(initial=1)))
+            axes.set_xlim(0, _length(stored))
             _plain(axes)
     tops[0].set_ylabel("share of ‖∂L/∂z_j‖² at a step")
     bottoms[0].set_ylabel("log10 of ‖∂c_T/∂c_{T−lag}‖, 0 at lag 0")
@@ -779,8 +795,7 @@ def output_figure(dataset: xr.Dataset) -> matplotlib.figure.Figure:
                 at = stored.sel(loss=loss, route=route)
                 _band(axes, at["step_lag"].values, _stored(at, "route_share_by_lag"), style)
             axes.set_ylim(-0.02, 1.02)
-            has = np.isfinite(stored["gate_share_by_lag_median"].values).any(axis=0)
-            axes.set_xlim(0, float(stored["step_lag"].values[has].max(initial=1)))
+            axes.set_xlim(0, _length(stored))
             axes.set_title(f"{title}\n({kind.sizes['seed']} networks)" if row == 0 else "", fontsize=11)
             _plain(axes)
         grid[-1][column].set_xlabel("steps before the last one")

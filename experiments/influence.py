@@ -709,11 +709,12 @@ def _draw_curves(axes: Any, dataset: xr.Dataset) -> None:
         axes.fill_between(lags, np.maximum(low, -60), high, color=colour, alpha=0.18, linewidth=0)
         lowest = min(lowest, float(np.min(median[np.isfinite(median)], initial=0)))
     axes.axvline(NEWEST, color="0.4", linewidth=0.8, linestyle=":")
-    axes.set_ylim(max(lowest, -25) - 0.5, None)
+    bottom = max(lowest, -30)
+    axes.set_ylim(1.35 * bottom - 0.5, None)  # with room for the legend
     axes.set_xlabel("lag (steps from input to output)")
     axes.set_ylabel("influence on y_T, relative to lag 0 (log10)")
     axes.set_title(f"fading with the lag (dotted: lag {NEWEST})", fontsize=11)
-    axes.legend(frameon=False, fontsize=9, loc="best")
+    axes.legend(frameon=False, fontsize=9, loc="lower left", ncols=2, columnspacing=1.0)
 
 
 def _draw_gains(axes: Any, dataset: xr.Dataset) -> None:

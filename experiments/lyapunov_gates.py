@@ -226,14 +226,14 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
     for bias, apart in _apart(dataset).groupby("forget_bias"):
         if not np.isfinite(apart).all():
             raise ValueError(f"b_f = {bias:g}: a seed gave no number, nothing to judge")
-        high = median_interval(apart.squeeze().values, axis=0).high
+        worst = float(median_interval(apart.squeeze().values, axis=0).high)
         checks.append(
             Check(
                 f"∂h'/∂h with c held gives the exponent: b_f = {bias:g}",
                 f"apart by {_interval_of(apart.squeeze())}",
                 f"≤ {APART:g}",
                 # judged by the side of the interval that speaks against the claim
-                bool(high <= APART),
+                worst <= APART,
                 "E5",
                 WHY_APART,
             )

@@ -26,15 +26,17 @@ def tiny():
 def _lstm(params, xs):
     """Outputs of every step, (T, B, K); gates in the order i, f, g, o."""
     layer, size = params.layers[0], params.layers[0].w_hh.shape[1]
-    h = c = jnp.zeros((xs.shape[1], size))
-    outputs = []
-    for x in xs:
+
+    def step(state, x):
+        h, c = state
         z = x @ layer.w_ih.T + h @ layer.w_hh.T + layer.b[None, :]
         i, f, g, o = (z[:, k * size : (k + 1) * size] for k in range(4))
         c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
         h = jax.nn.sigmoid(o) * jnp.tanh(c)
-        outputs.append(h @ params.readout.w.T + params.readout.b[None, :])
-    return jnp.stack(outputs)
+        return (h, c), h @ params.readout.w.T + params.readout.b[None, :]
+
+    zeros = jnp.zeros((xs.shape[1], size))
+    return jax.lax.scan(step, (zeros, zeros), xs)[1]
 
 
 def _copy_loss(params, batch):
