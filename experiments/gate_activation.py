@@ -463,8 +463,8 @@ def summary(dataset: xr.Dataset) -> dict[str, str]:
         low, high = (f"10^{value:.1f}" for value in (min(kept), max(kept)))
         sentences.append(
             f"against “{kind}” the sigmoid keeps more of the memory's gradient over {lag} steps {_where(retained)} "
-            f"(over all b_f {low if low == high else f'{low} to {high}'} times as much) and learns adding in fewer updates "
-            f"{_where(learned)}"
+            f"(over all b_f {low if low == high else f'{low} to {high}'} times as much) and learns adding in fewer "
+            f"updates {_where(learned)}"
         )
     rates = []
     for at in dataset["learning_rate"].values.tolist():

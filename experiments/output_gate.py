@@ -9,8 +9,13 @@ penalty starts as large as the loss of the adding problem without memory, 1/6.  
 * harmless: the held-out loss of the task rises by no more than a tenth of the loss of a predictor without memory.
 
 Only the three together are the claim.  Compared are networks after equally many updates, with weights and batches that
-are the same but for the penalty; 2,000 updates at 1e-2 are enough for both tasks without penalty.
-Running time: about 4 minutes on two cores with the defaults.
+are the same but for the penalty; 2,000 updates are enough for both tasks without penalty.
+
+The rate of Adam falls linearly to 0.  At a constant 1e-2, with five seeds, networks that had learned agreement lost it
+again, which of them depending on round-off: two runs of the same settings disagreed on agreement at 1e-4, where one
+found the claim to hold and the other one seed of five without memory at the end.  The decay and the number of seeds
+were then set once, before a result with them was seen.
+Running time: about 5 minutes on two cores with the defaults.
 """
 
 from __future__ import annotations
@@ -97,10 +102,10 @@ class Config:
     batch_size: int = 20
     """Sequences of an update."""
     learning_rate: float = 1e-2
-    """Of Adam."""
+    """Of Adam at the start; it falls linearly to 0."""
     test_size: int = 500
     """Held-out sequences."""
-    seeds: int = 5
+    seeds: int = 8
     """Networks of each task and strength."""
     first_seed: int = 0
     """Seeds run from here."""
@@ -193,7 +198,8 @@ def _trainer(name: TaskName, strength: float, config: Config) -> Trainer:
     def batch_at(key, step):
         return task.batch(jax.random.fold_in(key, step), config.batch_size)
 
-    optimizer = optax.chain(rg.remedies.clip_by_global_norm(GRAD_CLIP), optax.adam(config.learning_rate))
+    rate = optax.linear_schedule(config.learning_rate, 0.0, config.updates)
+    optimizer = optax.chain(rg.remedies.clip_by_global_norm(GRAD_CLIP), optax.adam(rate))
     return Trainer(model, loss, optimizer, batch_at, measure, batch_size=config.batch_size)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
+import PIL.Image
 import rich.table
 import rich.text
 import xarray as xr
@@ -103,8 +104,10 @@ def _table(drawn: rich.table.Table) -> Table:
 
 
 def _png(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
+    """A picture as text, in 256 colours: a third of the size, and the page goes to phones."""
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DOTS_PER_INCH)
+    PIL.Image.open(drawn).convert("RGB").quantize(256).save(buffer, format="png", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

@@ -22,11 +22,21 @@ class Interval(NamedTuple):
     high: np.ndarray
 
 
+def _of_order_statistics(samples: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """The same with the lower of two middle samples and no interpolation: a mean of −inf and a number is neither."""
+    middle = (len(samples) - 1) // 2
+    drawn = samples[np.random.default_rng(seed).integers(len(samples), size=(NUM_RESAMPLES, len(samples)))]
+    medians = np.sort(np.sort(drawn, axis=-1)[:, middle])
+    tail = (1 - CONFIDENCE) / 2
+    low, high = medians[int(tail * NUM_RESAMPLES)], medians[int(np.ceil((1 - tail) * NUM_RESAMPLES)) - 1]
+    return float(np.sort(samples)[middle]), float(low), float(high)
+
+
 def median_interval(samples: np.ndarray, *, axis: int, seed: int = 0) -> Interval:
     """Returns the median over ``axis`` and its 95 % percentile-bootstrap interval.
 
-    Seeds that are NaN (a run that became non-finite) are left out.  Where fewer than two remain, or where the samples
-    are not finite or all equal, the interval is the median itself.
+    Seeds that are NaN (a run that became non-finite) are left out.  Where one remains, or where all are equal, the
+    interval is the median itself; where some are infinite, median and ends are samples, and may be infinite.
     """
     samples = np.moveaxis(np.asarray(samples, dtype=float), axis, -1)
     median = np.full(samples.shape[:-1], np.nan)
@@ -35,13 +45,12 @@ def median_interval(samples: np.ndarray, *, axis: int, seed: int = 0) -> Interva
     valid = ~np.isnan(flat)
     all_finite = np.isfinite(flat).all(axis=-1)
 
-    # the usual case in one vectorised call
-    if flat.shape[-1] > 1 and all_finite.any():
+    def bootstrap(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with warnings.catch_warnings():
-            # equal samples have a degenerate bootstrap distribution; their interval is the median, set below
+            # equal samples have a degenerate bootstrap distribution; their interval is the median
             warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
             interval = scipy.stats.bootstrap(
-                (flat[all_finite],),
+                (samples,),
                 np.median,
                 axis=-1,
                 confidence_level=CONFIDENCE,
@@ -50,15 +59,22 @@ def median_interval(samples: np.ndarray, *, axis: int, seed: int = 0) -> Interva
                 rng=np.random.default_rng(seed),
                 batch=100,
             ).confidence_interval
-        low.reshape(-1)[all_finite], high.reshape(-1)[all_finite] = interval.low, interval.high
+        return interval.low, interval.high
+
+    # the usual case in one vectorised call
+    if flat.shape[-1] > 1 and all_finite.any():
+        low.reshape(-1)[all_finite], high.reshape(-1)[all_finite] = bootstrap(flat[all_finite])
         median.reshape(-1)[all_finite] = np.median(flat[all_finite], axis=-1)
     for index in np.flatnonzero(~all_finite | (flat.shape[-1] == 1)):
         kept = np.sort(flat[index][valid[index]])
-        if len(kept):
-            # the lower of the two middle samples: an average of −inf and a number would be neither
-            value = kept[(len(kept) - 1) // 2]
-            for target in (median, low, high):
-                target.reshape(-1)[index] = value
+        if len(kept) > 1 and np.isfinite(kept).all():
+            values = (np.median(kept), *bootstrap(kept))
+        elif len(kept):
+            values = _of_order_statistics(kept, seed)
+        else:
+            continue
+        for target, value in zip((median, low, high), values, strict=True):
+            target.reshape(-1)[index] = value
     return Interval(median, low, high)
 
 

@@ -45,3 +45,13 @@ def test_infinite_and_broken_seeds():
     assert found.median[0] == -np.inf
     assert found.median[1] == 2.0
     assert found.median[2] == 1.0  # the lower middle one: an average with −inf would be neither
+    assert (found.low[2], found.high[2]) == (-np.inf, 3.0)  # one of four seeds decides a tenth of the resamples
+
+
+def test_a_broken_seed_does_not_narrow_the_interval():
+    samples = np.random.default_rng(0).normal(size=(1, 9))
+    alone = median_interval(samples, axis=1)
+    beside = median_interval(np.concatenate([samples, np.full((1, 2), np.nan)], axis=1), axis=1)
+    assert alone.low < alone.median < alone.high
+    for found, expected in zip(beside, alone, strict=True):
+        np.testing.assert_array_equal(found, expected)
