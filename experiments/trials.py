@@ -117,7 +117,9 @@ class Trainer:
         key_init, key_batches, key_measure = jax.random.split(key, 3)
         state = rg.training.initial_state(self._model, self._optimizer, key_init, self._batch_size)
         if params is not None:
-            state = state._replace(params=params, opt_state=self._optimizer.init(params))
+            # dtypes as initial_state leaves them: a weak one would compile the stretch a second time
+            opt_state = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), self._optimizer.init(params))
+            state = state._replace(params=params, opt_state=opt_state)
         at = np.arange(0, updates + 1, eval_every)
         nothing = np.full(len(at), np.nan)
         train_loss, grad_norm, clip_fraction = nothing.copy(), nothing.copy(), nothing.copy()
