@@ -471,8 +471,8 @@ def summary(dataset: xr.Dataset) -> dict[str, str]:
     """Returns the finding: where chrono leaves and b_f = 1 stalls, and how many seeds of each left, when."""
     config = json.loads(dataset.attrs["config"])
     rows = [dataset.isel(setting=index) for index in range(dataset.sizes["setting"])]
-    where, unclear = (" and ".join(_named(row) for row in rows if _separates(row) is answer) for answer in (True, None))
-    solved = " and ".join(_named(row) for row in rows if _lowest(row, "chrono")[2] <= SOLVED)
+    where, unclear = ("; ".join(_named(row) for row in rows if _separates(row) is answer) for answer in (True, None))
+    solved = "; ".join(_named(row) for row in rows if _lowest(row, "chrono")[2] <= SOLVED)
     counts = "; ".join(f"{_named(row)}: {_counted(row, 'chrono')} against {_counted(row, 'b_f = 1')}" for row in rows)
     given = max(_given(row, config) for row in rows)
     sentence = (

@@ -20,7 +20,7 @@ from ∂L/∂z_g = δ ⊙ i ⊙ (1 − g²), and (b) whether both the output of 
 gradient (by Euclidean norms, of their sum) at the median step.
 
 The losses are squared errors, the target of a fresh network drawn from N(0, 1).  Training: Adam at 3e-3 behind clipping
-at 1, until the held-out error is 0.01 or the updates are used up.  Running time: about three minutes on two cores with
+at 1, until the held-out error is 0.01 or the updates are used up.  Running time: about a minute on two cores with
 the defaults.
 """
 
@@ -426,7 +426,7 @@ _DESCRIPTIONS = {
 
 def _counts(dataset: xr.Dataset) -> np.ndarray:
     """Returns (bias, stage, seed) whether a network is there and, if it was trained, learned its task."""
-    is_there = np.isfinite(dataset["gate_share"]).all("gate")
+    is_there = dataset["gate_share"].notnull().all("gate")
     learned = (dataset["stage"] != STAGES[2]) | (dataset["task_loss"] <= ADDING_SOLVED)
     return np.asarray((is_there & learned).transpose("bias", "stage", "seed").values)
 
@@ -599,7 +599,8 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
         largest = _largest(kind)
         said = f"ahead by {_text(lead)}, largest {largest}"
         shares.append(Check(f"{MOST}: {name}", said, "> 0", answer(lead, lead.low > 0), "B6", WHY_MOST))
-        if name.startswith(STAGES[0]) and (cost := _costs(kind).get(CHECK_LAGS[-1])) is not None:
+        if name.startswith(STAGES[0]) and CHECK_LAGS[-1] in _costs(kind):
+            cost = _costs(kind)[CHECK_LAGS[-1]]
             little = name.endswith(BIASES[1])
             holds = answer(cost, cost.high < np.log10(FACTOR) if little else cost.low > np.log10(FACTOR))
             bound = f"{'<' if little else '>'} {FACTOR:g}"
@@ -723,7 +724,7 @@ def _stored(row: xr.Dataset, name: str) -> list[np.ndarray]:
 
 def _length(stored: xr.Dataset) -> int:
     """Returns T of one kind."""
-    return int(np.isfinite(stored["gate_share_by_lag_median"].transpose("gate", "step_lag")).any("gate").sum()) or 1
+    return int(stored["gate_share_by_lag_median"].notnull().any("gate").sum()) or 1
 
 
 def _shown(dataset: xr.Dataset) -> list[tuple[str, xr.Dataset, xr.Dataset]]:
@@ -822,7 +823,7 @@ def gates_figure(dataset: xr.Dataset) -> matplotlib.figure.Figure:
         0.5: ("#16325c", "-", "median unit"),
         0.0: ("#c81e4a", ":", "unit that forgets fastest"),
     }
-    image = None
+    image: Any = None
     for column, bias in enumerate(dataset["bias"].values.tolist()):
         of_bias = dataset.sel(bias=bias)
         gates = of_bias["forget_gate"].transpose("unit", "word_step").values

@@ -16,7 +16,7 @@ and the influence of the words of one sentence on the answer is taken before and
 answer makes of the subject in the plural: a derivative tells of small changes, and a network that holds a number fast
 need not show it.  Subjects are 10 to 14 words before the verb, as near as two attractors allow: with up to 20 the
 vanilla cell of this size was still at chance after 4,000 updates, with up to 14 two seeds of three had learned it.
-Running time: about three minutes on two cores with the defaults.
+Running time: about a minute on two cores with the defaults.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ import rnngrad as rg
 from experiments import command, results
 from experiments.claims import Check, Claim
 from experiments.command import Piece, UserError
-from experiments.statistics import describe, median_interval, summarise
+from experiments.statistics import Interval, describe, median_interval, summarise
 from experiments.trials import Trainer
 
 CLAIMS = (
@@ -477,12 +477,13 @@ def label_of(row: Row) -> str:
 # --- what a person sees ----------------------------------------------------------------------------------------------
 
 
-def _interval(median: Any, low: Any, high: Any, digits: int = 2) -> str:
+def _text(interval: Interval, digits: int = 2) -> str:
+    median, low, high = (float(value) for value in interval)
     return "—" if np.isnan(median) else f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _of(row: xr.Dataset, name: str, digits: int = 2) -> str:
-    return _interval(*(float(row[f"{name}_{part}"]) for part in ("median", "low", "high")), digits)
+    return _text(Interval(*(row[f"{name}_{part}"].values for part in Interval._fields)), digits)
 
 
 def _rows(dataset: xr.Dataset, *, vanilla: bool | None = None) -> list[xr.Dataset]:
@@ -576,9 +577,9 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
     for network in dataset["network"].values.tolist():
         of_subject = _learned(dataset, network)["word_share"].isel(position=SUBJECT)
         rise = (of_subject.sel(stage="trained") - of_subject.sel(stage="untrained")).values
-        interval = median_interval(rise, axis=0) if len(rise) else (np.nan,) * 3
-        value = f"{_interval(*map(float, interval), 3)}, {len(rise)} of {dataset.sizes['training_seed']} seeds learned"
-        holds = bool(interval[1] > 0) if len(rise) > 1 else None
+        interval = median_interval(rise, axis=0) if len(rise) else Interval(*[np.full((), np.nan)] * 3)
+        value = f"{_text(interval, 3)}, {len(rise)} of {dataset.sizes['training_seed']} seeds learned"
+        holds = bool(interval.low > 0) if len(rise) > 1 else None
         name = f"prediction: training raises the subject's share, {_NAMES[network]}"
         checks.append(Check(name, value, "> 0", holds, "A4", WHY_TRAINED, decides=False))
     return checks
@@ -661,7 +662,7 @@ def _draw_map(axes: Any, logs: np.ndarray, norm: matplotlib.colors.LogNorm) -> A
     """Draws one map; what lies below the scale has its last colour, an exact zero one of its own."""
     size = len(logs)
     extent = (0.5, size + 0.5, size + 0.5, 0.5)
-    values = np.exp(np.maximum(logs.astype(float), np.log(norm.vmin)))
+    values = np.exp(np.maximum(logs.astype(float), np.log(float(norm.vmin or 0))))
     image = axes.imshow(np.ma.masked_invalid(values), norm=norm, cmap="viridis", extent=extent, interpolation="nearest")
     axes.set_facecolor("0.93")
     zeros = np.ma.masked_where(~np.isneginf(logs), np.ones_like(logs))

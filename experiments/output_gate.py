@@ -12,9 +12,9 @@ Only the three together are the claim.  Compared are networks after equally many
 are the same but for the penalty; 2,000 updates are enough for both tasks without penalty.
 
 The rate of Adam falls linearly to 0.  At a constant 1e-2, with five seeds, networks that had learned agreement lost it
-again, which of them depending on round-off: two runs of the same settings disagreed on agreement at 1e-4, where one
-found the claim to hold and the other one seed of five without memory at the end.  The decay and the number of seeds
-were then set once, before a result with them was seen.
+again, and not the same ones in two runs of the same settings: at strength 1e-4 the first found the claim to hold, the
+second one seed of five without memory at the end.  The decay and the number of seeds were then set once, before any
+result with them was seen.
 Running time: about 5 minutes on two cores with the defaults.
 """
 
