@@ -68,7 +68,8 @@ def median_interval(samples: np.ndarray, *, axis: int, seed: int = 0) -> Interva
     for index in np.flatnonzero(~all_finite | (flat.shape[-1] == 1)):
         kept = np.sort(flat[index][valid[index]])
         if len(kept) > 1 and np.isfinite(kept).all():
-            values = (np.median(kept), *bootstrap(kept))
+            ends = bootstrap(kept)
+            values = float(np.median(kept)), float(ends[0]), float(ends[1])
         elif len(kept):
             values = _of_order_statistics(kept, seed)
         else:
