@@ -52,17 +52,28 @@ def test_a_seed_is_the_same_alone_and_among_others(tiny):
     np.testing.assert_array_equal(alone["exponent"].isel(seed=0), tiny["exponent"].isel(seed=1))
 
 
+def _word(dataset):
+    (verdict,) = lyapunov_gates.EXPERIMENT.verdicts(dataset)
+    return verdict.word
+
+
 def test_verdict_follows_the_data(tiny):
-    claims = [check for check in lyapunov_gates.verdict(tiny) if check.name.startswith(lyapunov_gates.CLAIM)]
-    assert [check.holds for check in claims] == [False, False]
-    assert "does not hold at any forget bias" in lyapunov_gates.summary(tiny)
+    deciding = [check for check in lyapunov_gates.verdict(tiny) if check.decides]
+    assert [check.holds for check in deciding] == [False, False]
+    assert _word(tiny) == "does not hold"
+    full = tiny["exponent_median"].sel(kind="full")
+    assert (
+        f"from {float(full[0]):.4f} at b_f = 0 to {float(full[1]):.4f} at b_f = 5."
+        in lyapunov_gates.summary(tiny)["E5"]
+    )
     changed = tiny.copy(deep=True)
     changed["exponent"].loc[{"kind": "held"}] = changed["exponent"].sel(kind="full") + 0.05
     changed["exponent_median"].loc[{"kind": "held"}] = changed["exponent_median"].sel(kind="full")
-    assert "holds at every forget bias" in lyapunov_gates.summary(changed)
-    assert "came out otherwise for c held, every b_f" in lyapunov_gates.summary(changed)
+    assert _word(changed) == "holds"
+    assert "came out otherwise for c held, every b_f" in lyapunov_gates.summary(changed)["E5"]
     changed["exponent"].loc[{"kind": "held", "forget_bias": 5.0}] = -2.0
-    assert "holds only at b_f = 0" in lyapunov_gates.summary(changed)
+    assert _word(changed) == "holds only if"
+    assert "The two agree at b_f = 0." in lyapunov_gates.summary(changed)["E5"]
     changed["exponent"][0, 0] = np.nan
     with pytest.raises(ValueError, match="b_f = 0: a seed gave no number, nothing to judge"):
         lyapunov_gates.verdict(changed)
