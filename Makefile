@@ -36,7 +36,7 @@ reproduce: $(STAMP) ## Try every claim again (an hour or more; resumes) and writ
 
 # Compiling dominates the fast tests and takes half the time without optimisation; the slow ones run what users run.
 test: $(STAMP) ## Run the fast tests and the doctests
-	XLA_FLAGS=--xla_backend_optimization_level=0 $(PY) -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+	XLA_FLAGS=--xla_backend_optimization_level=0 $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 slow: $(STAMP) ## Run the slow tests
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)

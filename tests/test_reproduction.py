@@ -199,17 +199,13 @@ def test_smoke_is_another_configuration_and_says_so(three):
         (["all", "--jobs", "0"], "--jobs: expected at least 1, found 0"),
     ],
 )
-def test_user_errors_are_one_line(words, message, three, capsys, monkeypatch):
-    monkeypatch.setattr(registry, "experiments", REAL_EXPERIMENTS)
+def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        commands.main([*words, "--out", str(three)])
+        commands.main([*words, "--out", str(tmp_path)])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error
     assert len(error.strip().splitlines()) == 1
-
-
-REAL_EXPERIMENTS = registry.experiments
 
 
 def test_folder_that_cannot_be_written_is_one_line(three, tmp_path, capsys):
