@@ -43,6 +43,13 @@ def _chosen(only: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def _folder(path: Path) -> Path:
+    """A folder that should hold results."""
+    if not path.is_dir():
+        raise UserError(f"--results: expected a folder with results, found no folder {path}")
+    return path
+
+
 def _standings(names: Sequence[str], folder: Path, *, smoke: bool = False) -> list[Standing]:
     return [standing(experiment, folder, smoke=smoke) for experiment in registry.experiments(names)]
 
@@ -74,7 +81,7 @@ class List:
     """Folder with results; by default those stored in the repository."""
 
     def execute(self, screen: rich.console.Console) -> int:
-        screen.print(_verdict_table(_standings(registry.NAMES, self.results)))
+        screen.print(_verdict_table(_standings(registry.NAMES, _folder(self.results))))
         screen.print("one of them: python -m experiments.NAME --help; all: python -m experiments all", highlight=False)
         return 0
 
@@ -134,9 +141,12 @@ class Report:
     """The results are those of a smoke run."""
 
     def execute(self, screen: rich.console.Console) -> int:
+        _folder(self.results)
+        if self.out.is_dir():
+            raise UserError(f"--out: expected the name of a page, found the folder {self.out}")
         results.writable_folder(self.out.parent)
         standings = _standings(registry.NAMES, self.results, smoke=self.smoke)
-        if self.results == STORED:
+        if self.results.resolve() == STORED.resolve():
             page = report.render(standings, command="python -m experiments report")
             report.write(page, self.out)
         else:

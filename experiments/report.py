@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import base64
 import datetime
+import functools
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import xarray as xr
 
 from experiments import registry, results
 from experiments.claims import Claim, Verdict
+from experiments.command import Experiment, Picture
 from experiments.errata import ERRATA
 from experiments.reproduction import SOUND, Standing
 
@@ -41,7 +43,8 @@ class Table(NamedTuple):
 class Agreement(NamedTuple):
     """How a run compares with the stored one."""
 
-    same_verdicts: bool
+    same_words: dict[str, bool]
+    """Whether the verdict is the same, by claim."""
     num_compared: int
     """Medians that were compared."""
     num_outside: int
@@ -58,8 +61,9 @@ the last bit, which another processor or version rounds otherwise."""
 def against(now: Standing, stored: Standing) -> Agreement | None:
     """Returns how a result compares with the stored one; None where either is missing or their settings differ.
 
-    A median agrees when it lies in the stored 95 % interval, widened on either side by 0.02 and 1 % of the stored
-    median.  Infinite and missing medians must be the same.
+    A median agrees when it lies in the stored 95 % interval, widened on either side by 1 % of the stored median and by
+    0.02, or 0.02 of the largest median of a variable that is below 1 throughout.  Infinite and missing medians must be
+    the same.
     """
     a, b = now.dataset, stored.dataset
     if a is None or b is None or a.attrs["config"] != b.attrs["config"]:
@@ -69,23 +73,25 @@ def against(now: Standing, stored: Standing) -> Agreement | None:
     for name in names:
         stem = name.removesuffix("_median")
         if name not in a or a[name].shape != b[name].shape:
-            return Agreement(False, compared, outside + b[name].size, float("inf"))
+            compared, outside, largest = compared + b[name].size, outside + b[name].size, float("inf")
+            continue
         found, median, low, high = (
             np.asarray(values, float)
             for values in (a[name].values, b[name].values, b[f"{stem}_low"].values, b[f"{stem}_high"].values)
         )
         same = (found == median) | (np.isnan(found) & np.isnan(median))
         finite = np.isfinite(found) & np.isfinite(median)
-        margin = np.where(finite, ABSOLUTE + RELATIVE * np.abs(median), 0.0)
+        # of a variable smaller than 1 throughout, 0.02 of its largest value
+        scale = min(1.0, float(np.abs(median[np.isfinite(median)]).max(initial=0.0)))
+        margin = np.where(finite, ABSOLUTE * scale + RELATIVE * np.abs(median), 0.0)
         inside = finite & (found >= low - margin) & (found <= high + margin)
         compared += found.size
         outside += int((~(same | inside)).sum())
         if finite.any():
-            largest = max(largest, float(np.abs(found - median)[finite].max()))
-    words = [(verdict.claim, verdict.word) for verdict in now.verdicts]
-    return Agreement(
-        words == [(verdict.claim, verdict.word) for verdict in stored.verdicts], compared, outside, largest
-    )
+            largest = max(largest, float(np.abs(found[finite] - median[finite]).max()))
+    before = {verdict.claim: verdict.word for verdict in stored.verdicts}
+    words = {verdict.claim: before.get(verdict.claim) == verdict.word for verdict in now.verdicts}
+    return Agreement(words, compared, outside, largest)
 
 
 def _plain(cell: Any) -> str:
@@ -109,6 +115,28 @@ def _png(figure: Any) -> str:
     figure.savefig(drawn, format="png", dpi=DOTS_PER_INCH)
     PIL.Image.open(drawn).convert("RGB").quantize(256).save(buffer, format="png", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _numbers(experiment: Experiment, dataset: xr.Dataset) -> Table:
+    return _table(experiment.table(dataset))
+
+
+def _drawn(picture: Picture, dataset: xr.Dataset) -> str:
+    return _png(picture.draw(dataset))
+
+
+class Reason(NamedTuple):
+    """Why something is not shown."""
+
+    reason: str
+
+
+def _or_reason(make: Callable[[], Any]) -> Any:
+    """What ``make`` returns, or why it could not: one picture must not take the whole page along."""
+    try:
+        return make()
+    except Exception as error:
+        return Reason(f"could not be shown: {type(error).__name__}: {error}")
 
 
 _PROVENANCE = (
@@ -136,9 +164,12 @@ def _section(at: Standing) -> dict[str, Any]:
     return section | {
         "verdicts": {verdict.claim: verdict for verdict in at.verdicts},
         "checks": {c.id: [check for check in at.checks if check.claim == c.id] for c in at.experiment.claims},
-        "table": _table(at.experiment.table(at.dataset)),
+        "table": _or_reason(functools.partial(_numbers, at.experiment, at.dataset)),
         "pictures": [
-            {"caption": " ".join(picture.caption.split()), "png": _png(picture.draw(at.dataset))}
+            {
+                "caption": " ".join(picture.caption.split()),
+                "png": _or_reason(functools.partial(_drawn, picture, at.dataset)),
+            }
             for picture in at.experiment.pictures
         ],
         "command": at.dataset.attrs["command"],
@@ -189,7 +220,7 @@ def render(
     # the order of the first claim of each
     ordered = sorted(standings, key=lambda at: min(registry.in_order(claim.id) for claim in at.experiment.claims))
     counted = rows(standings, stored)
-    words = [row.verdict.word for row in counted if row.verdict is not None]
+    words = [row.verdict.word for row in counted if row.verdict is not None and not row.note]
     return template.render(
         rows=counted,
         counts={word: words.count(word) for word in ("holds", "holds only if", "does not hold", "not decided")},
@@ -201,7 +232,8 @@ def render(
         smoke=smoke,
         compared=stored is not None,
         seconds=sum(float(at.dataset.attrs["seconds"]) for at in standings if at.dataset is not None),
-        tolerance=f"the stored 95 % interval, widened by {ABSOLUTE:g} and {RELATIVE:.0%} of the stored median",
+        tolerance=f"the stored 95 % interval, widened by {RELATIVE:.0%} of the stored median and by {ABSOLUTE:g} "
+        "(of the largest median, where that is below 1)",
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 

@@ -27,7 +27,7 @@ import xarray as xr
 
 from experiments import command, registry, results
 from experiments.claims import Check, Verdict
-from experiments.command import Experiment
+from experiments.command import Experiment, UserError
 
 State = Literal["done", "done before", "older sources", "other settings", "crashed", "missing"]
 """done before: and so not run again; older sources, other settings: the result of such is there, and shown."""
@@ -65,29 +65,39 @@ def _is_of(dataset: xr.Dataset, config: Any) -> bool:
 
 def standing(experiment: Experiment, folder: Path, *, smoke: bool = False) -> Standing:
     """Returns what ``folder`` holds of an experiment, its verdicts recomputed from the stored data."""
+    file = folder / f"{experiment.name}.nc"
     failure = _failures(folder).get(experiment.name)
+    with contextlib.suppress(OSError):
+        if (folder / "failures.json").stat().st_mtime < file.stat().st_mtime:
+            failure = None  # made anew since, by the experiment's own command
     try:
-        dataset = results.load(folder / f"{experiment.name}.nc", experiment=experiment.name)
+        dataset = results.load(file, experiment=experiment.name)
         checks, verdicts = tuple(experiment.verdict(dataset)), tuple(experiment.verdicts(dataset))
+        is_of = _is_of(dataset, experiment.smoke if smoke else experiment.default)
+        is_new = dataset.attrs["source_digest"] == results.source_digest(experiment.name)
+        float(dataset.attrs["seconds"])
+        json.loads(dataset.attrs["versions"])
     except FileNotFoundError:
         return Standing(experiment, "crashed", failure) if failure else Standing(experiment, "missing", "not run yet")
     except Exception as error:  # whatever a damaged or foreign file makes of a verdict, the others go on
         return Standing(experiment, "crashed", failure or f"{type(error).__name__}: {error}")
-    state: State = "done"
+    state: State = "done" if is_new else "older sources"
     reason = ""
     if failure:
         state, reason = "crashed", failure
-    elif not _is_of(dataset, experiment.smoke if smoke else experiment.default):
+    elif not is_of:
         state, reason = "other settings", "the result that is there was made with other settings"
-    elif dataset.attrs["source_digest"] != results.source_digest(experiment.name):
-        state = "older sources"
     return Standing(experiment, state, reason, dataset, checks, verdicts)
 
 
+_MESSAGE = re.compile(r"(error: |[\w.]*(Error|Exception)\b).*")
+
+
 def _last_words(text: str) -> str:
-    """The last line that is not empty: the message of an error, of a traceback its last line."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1].strip()[:500] if lines else "no output"
+    """The last line that looks like the message of an error, else the last that is not empty."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    messages = [line for line in lines if _MESSAGE.match(line)]
+    return (messages or lines or ["no output"])[-1][:500]
 
 
 _DONE_OF_ALL = re.compile(r"\[(\d+)/(\d+)\] (.*)")
@@ -112,6 +122,8 @@ class _Processes:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
+                encoding="utf-8",
+                errors="replace",
                 # in a group of its own: an interruption from the keyboard is passed on by us, once
                 start_new_session=True,
             )
@@ -119,11 +131,24 @@ class _Processes:
             return process
 
     def stop(self) -> None:
-        self.stopped.set()
+        """Interrupts all; who has not ended after ten seconds is killed, and loses the piece under way."""
         with self.lock:
-            for process in self.running:
-                with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGINT)
+            self.stopped.set()
+            running = list(self.running)
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGINT)
+        for process in running:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def end(self, process: subprocess.Popen[str]) -> int:
+        """Returns the exit code of a process that has closed its output, or is no longer listened to."""
+        with self.lock:
+            self.running.discard(process)
+        return process.wait()
 
 
 def program(name: str) -> list[str]:
@@ -135,7 +160,8 @@ def _run_one(
     name: str, folder: Path, *, smoke: bool, processes: _Processes, bar: rich.progress.Progress
 ) -> tuple[str | None, float]:
     """Returns why the experiment failed, None if it did not, and the seconds it took."""
-    environment = dict(os.environ, MPLBACKEND="Agg", PYTHONUNBUFFERED="1", COLUMNS="150")
+    environment = dict(os.environ, MPLBACKEND="Agg", PYTHONUNBUFFERED="1", COLUMNS="150", PYTHONIOENCODING="utf-8")
+    environment["JAX_TRACEBACK_FILTERING"] = "off"  # else a traceback ends in a remark on its filtering
     if smoke:  # nearly all of it is compiling
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
     words = [*program(name), "--out", str(folder), *(["--smoke"] if smoke else [])]
@@ -145,16 +171,20 @@ def _run_one(
         return "interrupted", 0.0
     task = bar.add_task(f"  {name}", total=None)
     said: list[str] = []
-    with process.stdout as lines, (folder / "logs" / f"{name}.log").open("w", encoding="utf-8") as log:
-        for line in lines:
-            log.write(line)
-            said.append(line)
-            matched = _DONE_OF_ALL.match(line)
-            if matched:
-                done, of_all, label = matched.groups()
-                bar.update(task, completed=int(done), total=int(of_all), description=f"  {name}: {label}")
-    code = process.wait()
-    processes.running.discard(process)
+    try:
+        with process.stdout as lines, (folder / "logs" / f"{name}.log").open("w", encoding="utf-8") as log:
+            for line in lines:
+                log.write(line)
+                said.append(line)
+                matched = _DONE_OF_ALL.match(line)
+                if matched:
+                    done, of_all, label = matched.groups()
+                    bar.update(task, completed=int(done), total=int(of_all), description=f"  {name}: {label}")
+    except BaseException:
+        process.kill()  # nobody reads what it says any more
+        raise
+    finally:
+        code = processes.end(process)
     bar.remove_task(task)
     seconds = time.perf_counter() - started
     if code == 0:
@@ -182,16 +212,17 @@ def _write_failures(folder: Path, failures: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Lets SIGTERM end the run like an interruption from the keyboard, so that no child is left behind."""
+    """Lets SIGTERM and SIGHUP end the run like an interruption from the keyboard, so that no child is left behind."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def reproduce(
@@ -201,33 +232,43 @@ def reproduce(
 
     Raises:
       NotWritableError: the folder cannot be written to.
+      UserError: a smoke run would replace full results.
     """
     results.writable_folder(folder / "logs")
     experiments = registry.experiments(names)
+    before = {experiment.name: standing(experiment, folder, smoke=smoke) for experiment in experiments}
+    if smoke:
+        for experiment in experiments:
+            if before[experiment.name].state == "other settings" and (standing(experiment, folder).state in SOUND):
+                raise UserError(f"{folder} holds full results, which --smoke would replace; choose another folder")
+    # drawn last: without its pictures a result is not finished, whatever stopped it
+    is_whole = {at.name: all(file.exists() for file in at.picture_files(folder)) for at in experiments}
     failures = {name: reason for name, reason in _failures(folder).items() if name not in names}
     _write_failures(folder, failures)  # what crashed before is tried again
-    before = {experiment.name: standing(experiment, folder, smoke=smoke) for experiment in experiments}
-    processes, interrupted = _Processes(), False
+    processes, interrupted, lock = _Processes(), False, threading.Lock()
     with command.progress(screen) as bar, _terminable():
         whole = bar.add_task("all claims", total=len(names))
 
         def one(name: str) -> None:
             nonlocal interrupted
             at = before[name]
-            if at.state == "done":
+            if at.state == "done" and is_whole[name]:
                 before[name] = at._replace(state="done before")
                 screen.print(f"{name}: done before with these settings and sources", highlight=False)
                 bar.advance(whole)
                 return
             if at.state in ("other settings", "older sources"):
                 screen.print(f"{name}: a result is there, but of {at.state}: made again", highlight=False)
-            reason, seconds = _run_one(name, folder, smoke=smoke, processes=processes, bar=bar)
+            try:
+                reason, seconds = _run_one(name, folder, smoke=smoke, processes=processes, bar=bar)
+            except OSError as error:  # a full disk, say
+                reason, seconds = f"{type(error).__name__}: {error}", 0.0
             if reason == "interrupted":
                 interrupted = True
                 return
             if reason is not None:
-                failures[name] = reason
-                _write_failures(folder, failures)
+                with lock:
+                    failures[name] = reason
                 screen.print(f"[bold]{name}: crashed[/bold] after {seconds:.0f} s: ", end="")
                 screen.print(f"{reason} (logs/{name}.log)", markup=False, highlight=False)
             else:
@@ -235,8 +276,8 @@ def reproduce(
             bar.advance(whole)
 
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(one, name) for name in names]
             try:
+                futures = [pool.submit(one, name) for name in names]
                 for future in concurrent.futures.as_completed(futures):
                     future.result()
             except BaseException as error:
@@ -245,8 +286,12 @@ def reproduce(
                 if not isinstance(error, KeyboardInterrupt):
                     raise
                 interrupted = True
+        _write_failures(folder, failures)
     after = []
     for experiment in experiments:
-        now = standing(experiment, folder, smoke=smoke)
-        after.append(before[experiment.name] if before[experiment.name].state == "done before" else now)
+        at = before[experiment.name]
+        now = at if at.state == "done before" else standing(experiment, folder, smoke=smoke)
+        if experiment.name in failures:
+            now = now._replace(state="crashed", reason=failures[experiment.name])
+        after.append(now)
     return Reproduced(after, interrupted)
