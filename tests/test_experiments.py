@@ -56,8 +56,9 @@ def tiny():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["retention", "memory_path", "penn_treebank"])
 def test_smoke_writes_a_table_its_figures_and_a_result(name, tmp_path):
+    """One with a picture, one with several, one that trains on text; all others run in ``all --smoke`` (CI)."""
     code, out, err = run_command("--smoke", "--out", str(tmp_path / "o"), cwd=tmp_path, name=name)
     assert code == 0, err
     assert "Checks" in out
