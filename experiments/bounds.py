@@ -27,7 +27,7 @@ import rnngrad as rg
 from experiments import command, results
 from experiments.claims import Check, Claim
 from experiments.command import Piece, UserError
-from experiments.statistics import describe, summarise
+from experiments.statistics import describe, stored_text, summarise
 
 _SOURCE = "lecture notes after Pascanu, Mikolov & Bengio 2013, arXiv 1211.5063, section 2.1"
 
@@ -361,11 +361,6 @@ def run(
 # --- what a person sees ----------------------------------------------------------------------------------------------
 
 
-def _interval(row: xr.Dataset, name: str, digits: int) -> str:
-    median, low, high = (float(row[f"{name}_{part}"]) for part in ("median", "low", "high"))
-    return f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
 def _rows(dataset: xr.Dataset) -> list[xr.Dataset]:
     return [dataset.isel(row=index) for index in range(dataset.sizes["row"])]
 
@@ -395,16 +390,16 @@ def table(dataset: xr.Dataset) -> rich.table.Table:
     for row in _rows(dataset):
         shown.add_row(
             f"chain, {_label(row)}",
-            _interval(row, "bound_rate", 3),
-            _interval(row, "looseness", 1),
-            _interval(row, "looseness_slope_1", 1),
+            stored_text(row, "bound_rate", ".3f"),
+            stored_text(row, "looseness", ".1f"),
+            stored_text(row, "looseness_slope_1", ".1f"),
         )
     for row in _lstms(dataset):
         shown.add_row(
             f"gated term, lstm, {row['lstm'].values}",
             "—",
-            _interval(row, "gate_looseness", 2),
-            _interval(row, "gate_worst_looseness", 2),
+            stored_text(row, "gate_looseness", ".2f"),
+            stored_text(row, "gate_worst_looseness", ".2f"),
         )
     return shown
 
@@ -436,7 +431,7 @@ def _checks_of_a1(dataset: xr.Dataset) -> list[Check]:
         checks.append(
             Check(
                 f"decays as (β_W β_φ)^{at}: {_label(row)}",
-                f"off by 10^{_interval(row, 'looseness', 1)}",
+                f"off by 10^{stored_text(row, 'looseness', '.1f')}",
                 f"≤ 10^{CLOSE:g}",
                 bool(float(row["looseness_high"]) <= CLOSE),
                 "A1",
@@ -476,7 +471,10 @@ def _checks_of_a2(dataset: xr.Dataset) -> list[Check]:
     name, excess = "with σ' ≤ 1 the bound is true at every lag, worst seed", max(map(_excess_with_slope_1, rows))
     checks = [_not_above_zero(name, excess, "A2", WHY_TRUE)]
     for row in rows:
-        name, rate = f"with σ' ≤ 1 the bound says something: {row['init'].values}", _interval(row, "rate_slope_1", 3)
+        name, rate = (
+            f"with σ' ≤ 1 the bound says something: {row['init'].values}",
+            stored_text(row, "rate_slope_1", ".3f"),
+        )
         says = bool(float(row["rate_slope_1_high"]) < 0)
         checks.append(Check(name, f"rate {rate}", "< 0", says, "A2", WHY_EXCLUDES))
     return checks

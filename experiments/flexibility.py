@@ -36,7 +36,7 @@ import rnngrad as rg
 from experiments import command, results
 from experiments.claims import Check, Claim
 from experiments.command import Piece, UserError
-from experiments.statistics import Interval, describe, median_interval
+from experiments.statistics import Interval, describe, interval_text, median_interval
 from experiments.trials import Trainer, first_reached
 
 CLAIMS = (
@@ -425,11 +425,6 @@ def _config(dataset: xr.Dataset) -> dict[str, Any]:
     return config
 
 
-def _words(interval: Interval, form: str = ".2f") -> str:
-    median, low, high = (float(value) for value in interval)
-    return f"{median:{form}} [{low:{form}}, {high:{form}}]"
-
-
 def _time_ratio(dataset: xr.Dataset, size: int, network: str) -> Interval:
     """Time over that of the LSTM just before."""
     seconds = dataset["seconds"].sel(size=size)
@@ -470,9 +465,9 @@ def table(dataset: xr.Dataset) -> rich.table.Table:
                 _NETWORKS[network],
                 f"{int(row['parameters']):,}",
                 f"{_solved(dataset, task, network)} of {row.sizes['seed']}",
-                _words(median_interval(row["needed"].values, axis=0), ",.0f"),
-                "—" if network == "lstm" else _words(_ahead(dataset, task, network)),
-                "—" if np.isnan(farther).any() else _words(median_interval(farther, axis=0), ".2g"),
+                interval_text(median_interval(row["needed"].values, axis=0), ",.0f"),
+                "—" if network == "lstm" else interval_text(_ahead(dataset, task, network)),
+                "—" if np.isnan(farther).any() else interval_text(median_interval(farther, axis=0), ".2g"),
                 f"{int((row['failed_at'] >= 0).sum())}",
             )
     return shown
@@ -500,7 +495,7 @@ def _simpler_checks(dataset: xr.Dataset) -> list[Check]:
         interval = _time_ratio(dataset, size, "gru")
         holds = bool(interval.high < 1) if enough else None
         name = f"the GRU is simpler, time of a pass: N = D = {size}"
-        checks.append(Check(name, _words(interval), "< 1", holds, "C3", WHY_FASTER))
+        checks.append(Check(name, interval_text(interval), "< 1", holds, "C3", WHY_FASTER))
     return checks
 
 
@@ -513,13 +508,13 @@ def _flexible_checks(dataset: xr.Dataset) -> list[Check]:
             solved = max(_solved(dataset, task, network) for network in ("lstm", rival))
             holds = bool(interval.high < 1) if enough and solved else None
             name = f"the LSTM is ahead: {_TASKS[task]}, {_NETWORKS[rival]}"
-            checks.append(Check(name, f"updates {_words(interval)}", "< 1", holds, "C3", WHY_AHEAD))
+            checks.append(Check(name, f"updates {interval_text(interval)}", "< 1", holds, "C3", WHY_AHEAD))
     if "counting" in dataset["task"].values:
         for rival in _RIVALS:
             interval = _ahead(dataset, "counting", rival, "farther_error")
             holds = bool(interval.high < 1) if enough else None
             name = f"the LSTM is ahead: counting {FARTHER} times as far, {_NETWORKS[rival]}"
-            checks.append(Check(name, f"error {_words(interval)}", "< 1", holds, "C3", WHY_FARTHER))
+            checks.append(Check(name, f"error {interval_text(interval)}", "< 1", holds, "C3", WHY_FARTHER))
     return checks
 
 
@@ -546,7 +541,7 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
         checks.append(
             predict(
                 "prediction: the GRU is ahead on adding",
-                f"updates {_words(interval)}",
+                f"updates {interval_text(interval)}",
                 "> 1",
                 bool(interval.low > 1) if enough else None,
                 why="first runs at N = 128: 3,100 updates against 1,200",
@@ -571,7 +566,7 @@ def summary(dataset: xr.Dataset) -> dict[str, str]:
     sizes = [int(size) for size in dataset["size"].values]
     counts = dataset["timed_parameters"]
     ratios = [float(counts.sel(size=size, network="gru") / counts.sel(size=size, network="lstm")) for size in sizes]
-    times = [_words(_time_ratio(dataset, size, "gru")) for size in sizes]
+    times = [interval_text(_time_ratio(dataset, size, "gru")) for size in sizes]
     sentence = (
         f"simpler: the GRU has {', '.join(f'{ratio:.3f}' for ratio in ratios)} of the LSTM's parameters and takes "
         f"{', '.join(times)} of its time at N = {', '.join(map(str, sizes))}."
@@ -583,7 +578,7 @@ def summary(dataset: xr.Dataset) -> dict[str, str]:
     sentence += f"  More flexible: the LSTM is ahead in {len(won)} of {len(ahead)} comparisons"
     sentence += f" ({'; '.join(won)})." if won else "."
     behind = [
-        f"{_TASKS[task]}, {_NETWORKS[rival]} ({_words(_ahead(dataset, task, rival))} times the GRU's updates)"
+        f"{_TASKS[task]}, {_NETWORKS[rival]} ({interval_text(_ahead(dataset, task, rival))} times the GRU's updates)"
         for task in map(str, dataset["task"].values)
         for rival in _RIVALS
         if _ahead(dataset, task, rival).low > 1

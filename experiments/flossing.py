@@ -32,7 +32,7 @@ import rnngrad as rg
 from experiments import command, results
 from experiments.claims import Check, Claim
 from experiments.command import Piece, UserError
-from experiments.statistics import Interval, describe, median_interval, summarise
+from experiments.statistics import Interval, describe, interval_text, median_interval, summarise
 from experiments.trials import Trainer
 
 CLAIMS = (
@@ -356,10 +356,6 @@ def run(
 # --- what a person sees ----------------------------------------------------------------------------------------------
 
 
-def _text(interval: Interval, form: str) -> str:
-    return f"{float(interval.median):{form}} [{float(interval.low):{form}}, {float(interval.high):{form}}]"
-
-
 def _flossed(dataset: xr.Dataset) -> list[tuple[str, str, int]]:
     """Initialisation, start and its k."""
     ks = json.loads(dataset.attrs["config"])["exponents"]
@@ -433,7 +429,7 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
         checks.append(
             Check(
                 f"the horizon is longer: {label}",
-                f"T = {float(before.median()):.0f} → {float(after.median()):.0f}, {_text(longer, '+.0f')}",
+                f"T = {float(before.median()):.0f} → {float(after.median()):.0f}, {interval_text(longer, '+.0f')}",
                 "> 0",
                 # judged by the side of the interval that speaks against the claim
                 None if tie else bool(longer.low > 0),
@@ -448,14 +444,16 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
             lower = _lower(dataset, init, start, number)
             checks.append(
                 Check(
-                    f"the condition number falls, {what}: {label}", f"{_text(lower, '+.1f')} nats", "< 0",
+                    f"the condition number falls, {what}: {label}", f"{interval_text(lower, '+.1f')} nats", "< 0",
                     None if np.isnan(lower.high) else bool(lower.high < 0), "E4", WHY_CONDITION,
                 )
             )  # fmt: skip
         largest = median_interval(dataset["exponents"].sel(init=init, start=start, index=1).values, axis=0)
         near = bool(max(abs(largest.low), abs(largest.high)) <= NEAR_ZERO)
         name = f"prediction: λ_1 ends near 0: {label}"
-        checks.append(Check(name, _text(largest, ".3f"), f"±{NEAR_ZERO:g}", near, "E4", WHY_ZERO, decides=False))
+        checks.append(
+            Check(name, interval_text(largest, ".3f"), f"±{NEAR_ZERO:g}", near, "E4", WHY_ZERO, decides=False)
+        )
     return checks
 
 

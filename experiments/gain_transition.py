@@ -29,7 +29,7 @@ import rnngrad as rg
 from experiments import command, results
 from experiments.claims import Check, Claim
 from experiments.command import Piece, UserError
-from experiments.statistics import describe, summarise
+from experiments.statistics import describe, stored_text, summarise
 
 CLAIMS = (
     Claim(
@@ -250,10 +250,7 @@ def run(
 
 # --- what a person sees ----------------------------------------------------------------------------------------------
 
-
-def _interval(row: xr.Dataset, name: str, digits: int) -> str:
-    median, low, high = (float(row[f"{name}_{part}"]) for part in ("median", "low", "high"))
-    return "—" if np.isnan(median) else f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+_text = functools.partial(stored_text, nothing="—")
 
 
 def _rows(dataset: xr.Dataset) -> list[xr.Dataset]:
@@ -295,10 +292,10 @@ def table(dataset: xr.Dataset) -> rich.table.Table:
         missing = _missing(row)
         shown.add_row(
             _label(row) + (f" ({missing} seeds never cross)" if missing else ""),
-            _interval(row, "slow_crossing", 3),
-            _interval(row, "crossing", 3),
+            _text(row, "slow_crossing", ".3f"),
+            _text(row, "crossing", ".3f"),
             f"{float(row['chi_crossing']):.3f}",
-            _interval(row, "bound_crossing", 3),
+            _text(row, "bound_crossing", ".3f"),
             f"{float(row['largest_vanishing_beta']):.2f}",
         )
     return shown
@@ -317,7 +314,7 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
         low, high = (float(row[f"crossing_{part}"]) for part in ("low", "high"))
         at_bound, at_chi = float(row["bound_crossing_median"]), float(row["chi_crossing"])
         missing = _missing(row)
-        found = f"gain {_interval(row, 'crossing', 3)}"
+        found = f"gain {_text(row, 'crossing', '.3f')}"
         reaches = bool(low <= at_bound * (1 + tolerance) and high >= at_bound * (1 - tolerance))
         checks.append(
             Check(
@@ -389,7 +386,13 @@ def _panel(axes: Any, row: xr.Dataset) -> None:
         at = float(row[name])
         if gains[0] <= at <= gains[-1]:
             axes.plot([at], [0], marker=marker, markersize=9, color=style["color"], zorder=5, linestyle="none")
-    axes.text(0.98, 0.05, f"crosses 0 at gain\n{_interval(row, 'crossing', 2)}", transform=axes.transAxes, ha="right")
+    axes.text(
+        0.98,
+        0.05,
+        f"crosses 0 at gain\n{_text(row, 'crossing', '.2f')}",
+        transform=axes.transAxes,
+        ha="right",
+    )
 
 
 def figure(dataset: xr.Dataset) -> matplotlib.figure.Figure:

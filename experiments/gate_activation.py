@@ -31,7 +31,7 @@ import rnngrad as rg
 from experiments import command, results
 from experiments.claims import Check, Claim
 from experiments.command import Piece, UserError
-from experiments.statistics import Interval, describe, median_interval, summarise
+from experiments.statistics import Interval, describe, interval_text, median_interval, summarise
 from experiments.trials import Trainer, first_reached
 
 CLAIMS = (
@@ -320,10 +320,6 @@ def run(
 # --- what a person sees ----------------------------------------------------------------------------------------------
 
 
-def _text(interval: Interval, form: str) -> str:
-    return f"{float(interval.median):{form}} [{float(interval.low):{form}}, {float(interval.high):{form}}]"
-
-
 def _row(dataset: xr.Dataset, kind: str, bias: float) -> xr.Dataset:
     return dataset.sel(kind=kind, forget_bias=bias)
 
@@ -372,7 +368,7 @@ def table(dataset: xr.Dataset) -> rich.table.Table:
             row = _row(dataset, kind, bias)
             last, best = row.isel(lag=-1), best_rate(row)
             retained = [
-                _text(
+                interval_text(
                     Interval(*(last[f"log_retention_{part}"].sel(path=path).values for part in Interval._fields)), ".1f"
                 )
                 for path in PATHS
@@ -403,7 +399,7 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
             checks.append(
                 Check(
                     f"retention at lag {int(dataset['lag'][-1])}: {label}",
-                    f"sigmoid keeps e^{_text(apart, '.1f')} times as much",
+                    f"sigmoid keeps e^{interval_text(apart, '.1f')} times as much",
                     "> e^0",
                     # judged by the side of the interval that speaks against the claim
                     None if np.isnan(apart.low) else bool(apart.low > 0),
@@ -418,7 +414,7 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
                 Check(
                     f"adding problem: {label}",
                     f"solved by {solved[1]} of {best[1].sizes['trial']} (sigmoid {solved[0]}), "
-                    f"{_text(more, '.0f')} updates more",
+                    f"{interval_text(more, '.0f')} updates more",
                     "> 0",
                     bool(more.low > 0) if any(solved) else None,
                     "D5",

@@ -46,7 +46,7 @@ import rnngrad as rg
 from experiments import command, results
 from experiments.claims import Check, Claim
 from experiments.command import Piece, UserError
-from experiments.statistics import Interval, describe, median_interval
+from experiments.statistics import Interval, describe, interval_text, median_interval
 from experiments.trials import Trainer
 
 CLAIMS = (
@@ -514,6 +514,8 @@ def run(
 
 # --- what a person sees ----------------------------------------------------------------------------------------------
 
+_text = functools.partial(interval_text, nothing="—")
+
 
 def _kinds(dataset: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
     """Returns every kind of network with its name; of trained ones those that learned."""
@@ -523,11 +525,6 @@ def _kinds(dataset: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
         for at_stage, stage in enumerate(dataset["stage"].values.tolist())
         for at_bias, bias in enumerate(dataset["bias"].values.tolist())
     ]
-
-
-def _text(interval: Interval, digits: int = 2) -> str:
-    median, low, high = (float(value) for value in interval)
-    return "—" if np.isnan(median) else f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _over_seeds(values: xr.DataArray) -> Interval:
@@ -571,9 +568,9 @@ def table(dataset: xr.Dataset) -> rich.table.Table:
         shown.add_row(
             name,
             str(kind.sizes["seed"]),
-            "\n".join(_text(cost, 1) for cost in _costs(kind).values()) or "—",
+            "\n".join(_text(cost, ".1f") for cost in _costs(kind).values()) or "—",
             "\n".join(f"{gate} {_text(_over_seeds(kind['gate_share'].sel(gate=gate)))}" for gate in GATES),
-            "\n".join(_text(_over_seeds(kind["output_share"].sel(loss=loss)), 3) for loss in LOSSES),
+            "\n".join(_text(_over_seeds(kind["output_share"].sel(loss=loss)), ".3f") for loss in LOSSES),
         )
     return shown
 
@@ -627,7 +624,7 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
             share = _over_seeds(kind["output_share"].sel(loss=loss))
             holds = answer(share, share.low >= NOT_IDLE and share.high <= 1 - NOT_IDLE)
             bound = f"{NOT_IDLE:g} to {1 - NOT_IDLE:g}"
-            said = f"output {_text(share, 3)}"
+            said = f"output {_text(share, '.3f')}"
             routes.append(Check(f"{IDLE}: loss of {loss}, {name}", said, bound, holds, "B7", WHY_NOT_IDLE))
     return [*shares, *guesses, *routes]
 

@@ -38,7 +38,7 @@ import rnngrad as rg
 from experiments import command, results
 from experiments.claims import Check, Claim
 from experiments.command import Piece, UserError
-from experiments.statistics import Interval, describe, median_interval, summarise
+from experiments.statistics import Interval, describe, interval_text, median_interval, summarise
 from experiments.trials import Trainer, first_reached
 
 CLAIMS = (
@@ -373,10 +373,6 @@ def run(
 # --- what a person sees ----------------------------------------------------------------------------------------------
 
 
-def _text(interval: Interval, form: str) -> str:
-    return f"{float(interval.median):{form}} [{float(interval.low):{form}}, {float(interval.high):{form}}]"
-
-
 def _num_solved(row: xr.Dataset) -> int:
     return int(row["updates_to_solve"].notnull().sum())
 
@@ -409,7 +405,7 @@ def table(dataset: xr.Dataset) -> rich.table.Table:
         for activation in ACTIVATIONS:
             last = dataset.sel(start=start, activation=activation).isel(lag=-1)
             norm, passing = (
-                _text(Interval(*(last[f"{name}_{part}"].values for part in Interval._fields)), form)
+                interval_text(Interval(*(last[f"{name}_{part}"].values for part in Interval._fields)), form)
                 for name, form in (("log_norm", ".2f"), ("passing", ".2f"))
             )
             # the others cut nothing; what they lose is too small for float64 beside the largest unit
@@ -446,7 +442,7 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
             # judged by the side of the interval that speaks against the claim; an exact 0 counts
             holds = None if broken else bool(kept.low >= 0.5)
             name = f"‖∂h_T/∂h_0‖ ≥ 1/2 at T: {activation}, u {start}"
-            checks.append(Check(name, _text(kept, ".3g"), "≥ 0.5", holds, "E3", WHY_KEPT))
+            checks.append(Check(name, interval_text(kept, ".3g"), "≥ 0.5", holds, "E3", WHY_KEPT))
     enough = json.loads(dataset.attrs["config"])["updates"] >= 100
     for length in dataset["length"].values.tolist():
         of = dataset.sel(length=length)
@@ -459,7 +455,7 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
             more = median_interval(_updates(row) - _updates(bound), axis=0)
             tried = _num_solved(row) + _num_solved(bound) > 0
             name = f"prediction: fewer updates with the bound: {other}, T = {length}"
-            value = f"{_solved(row)}, {_text(more, '+.0f')} updates"
+            value = f"{_solved(row)}, {interval_text(more, '+.0f')} updates"
             holds = bool(more.low > 0) if tried else None
             checks.append(Check(name, value, "> 0", holds, "E3", why, decides=False))
     return checks

@@ -44,7 +44,7 @@ import rnngrad as rg
 from experiments import command, results
 from experiments.claims import Check, Claim
 from experiments.command import Piece, UserError
-from experiments.statistics import Interval, describe, median_interval, summarise
+from experiments.statistics import Interval, describe, interval_text, median_interval, stored_text, summarise
 from experiments.trials import Trainer
 
 CLAIMS = (
@@ -476,14 +476,11 @@ def label_of(row: Row) -> str:
 
 # --- what a person sees ----------------------------------------------------------------------------------------------
 
-
-def _text(interval: Interval, digits: int = 2) -> str:
-    median, low, high = (float(value) for value in interval)
-    return "—" if np.isnan(median) else f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+_text = functools.partial(interval_text, nothing="—")
 
 
 def _of(row: xr.Dataset, name: str, digits: int = 2) -> str:
-    return _text(Interval(*(row[f"{name}_{part}"].values for part in Interval._fields)), digits)
+    return stored_text(row, name, f".{digits}f", nothing="—")
 
 
 def _rows(dataset: xr.Dataset, *, vanilla: bool | None = None) -> list[xr.Dataset]:
@@ -578,7 +575,7 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
         of_subject = _learned(dataset, network)["word_share"].isel(position=SUBJECT)
         rise = (of_subject.sel(stage="trained") - of_subject.sel(stage="untrained")).values
         interval = median_interval(rise, axis=0) if len(rise) else Interval(*[np.full((), np.nan)] * 3)
-        value = f"{_text(interval, 3)}, {len(rise)} of {dataset.sizes['training_seed']} seeds learned"
+        value = f"{_text(interval, '.3f')}, {len(rise)} of {dataset.sizes['training_seed']} seeds learned"
         holds = bool(interval.low > 0) if len(rise) > 1 else None
         name = f"prediction: training raises the subject's share, {_NAMES[network]}"
         checks.append(Check(name, value, "> 0", holds, "A4", WHY_TRAINED, decides=False))

@@ -33,7 +33,7 @@ import rnngrad as rg
 from experiments import command, results
 from experiments.claims import Check, Claim
 from experiments.command import Piece, UserError
-from experiments.statistics import describe, median_interval, summarise
+from experiments.statistics import describe, median_interval, stored_text, summarise
 
 _INTRODUCTIONS = "introductions to the LSTM, after the constant error carousel of Hochreiter & Schmidhuber 1997"
 
@@ -436,11 +436,6 @@ def run(
 _PATH_WORDS = {"direct": "direct path ∏f", "full": "full chain ∂c_T/∂c_k", "state": "whole state ∂s_T/∂s_k"}
 
 
-def _interval(row: xr.Dataset, name: str, digits: int) -> str:
-    median, low, high = (float(row[f"{name}_{part}"]) for part in ("median", "low", "high"))
-    return f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
 def _share(row: xr.Dataset, name: str) -> str:
     """Prints median and interval of a relative distance, whatever its size."""
     median, low, high = (float(row[f"{name}_{part}"]) for part in ("median", "low", "high"))
@@ -474,10 +469,10 @@ def table(dataset: xr.Dataset) -> rich.table.Table:
         row = dataset.sel(forget_bias=bias).isel(init=0)
         shown.add_row(
             bias,
-            *(_interval(row.sel(path=path), "kept", 2) for path in PATHS),
-            _interval(row, "followed_apart", 3),
-            _interval(row, "followed_norm", 2),
-            _interval(row, "largest_f", 2),
+            *(stored_text(row.sel(path=path), "kept", ".2f") for path in PATHS),
+            stored_text(row, "followed_apart", ".3f"),
+            stored_text(row, "followed_norm", ".2f"),
+            stored_text(row, "largest_f", ".2f"),
         )
     return shown
 
@@ -498,7 +493,7 @@ def _checks_of_b1(dataset: xr.Dataset) -> list[Check]:
             checks.append(
                 Check(
                     f"{_PATH_WORDS[path]} at lag {lag}: {_bias_words(bias)}",
-                    f"10^{_interval(row, 'kept', 1)}",
+                    f"10^{stored_text(row, 'kept', '.1f')}",
                     f"≥ 10^{log_kept:g}",
                     bool(low >= log_kept) if _tells(dataset, low) else None,
                     "B1",
@@ -539,7 +534,7 @@ def _checks_of_b2(dataset: xr.Dataset) -> list[Check]:
         checks.append(
             Check(
                 f"∂C_t/∂C_{{t−1}} = f with h followed: {_bias_words(bias)}",
-                f"off by {_interval(worst, 'followed_apart', 3)} ({worst['init'].item()})",
+                f"off by {stored_text(worst, 'followed_apart', '.3f')} ({worst['init'].item()})",
                 f"≤ {SAME:g}",
                 None if np.isnan(high).any() else bool(high.max() <= SAME),
                 "B2",

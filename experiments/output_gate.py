@@ -39,7 +39,7 @@ import rnngrad as rg
 from experiments import command, results
 from experiments.claims import Check, Claim
 from experiments.command import Piece, UserError
-from experiments.statistics import Interval, describe, median_interval, summarise
+from experiments.statistics import Interval, describe, interval_text, median_interval, summarise
 from experiments.trials import Trainer
 
 CLAIMS = (
@@ -286,10 +286,6 @@ def run(
 # --- what a person sees ----------------------------------------------------------------------------------------------
 
 
-def _text(interval: Interval, form: str) -> str:
-    return f"{float(interval.median):{form}} [{float(interval.low):{form}}, {float(interval.high):{form}}]"
-
-
 def _apart(of_task: xr.Dataset, strength: float, name: str) -> Interval:
     """Median difference from the same seed trained without penalty."""
     values = of_task[name] if name == "log_retention" else of_task[name].isel(evaluation=-1)
@@ -348,7 +344,7 @@ def table(dataset: xr.Dataset) -> rich.table.Table:
             row = dataset.sel(task=task, strength=strength)
             last = row.isel(evaluation=-1)
             cells = [
-                _text(Interval(*(last[f"{name}_{part}"].values for part in Interval._fields)), form)
+                interval_text(Interval(*(last[f"{name}_{part}"].values for part in Interval._fields)), form)
                 for name, form in zip((*_COMPARED, "log_retention"), (".4f", ".3f", ".3f", ".3f", ".1f"), strict=True)
             ]
             diverged = f"{int((row['failed_at'] >= 0).sum())} of {row.sizes['seed']}"
@@ -362,9 +358,9 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
     for name, strength, of_task in _rows(dataset):
         found = _parts(of_task, strength)
         value = (
-            f"closed {_text(_apart(of_task, strength, 'sparsity'), '+.2f')}, "
-            f"|corr| {_text(_apart(of_task, strength, 'correlation_h'), '+.3f')}, "
-            f"loss {_text(_apart(of_task, strength, 'task_loss'), '+.4f')}"
+            f"closed {interval_text(_apart(of_task, strength, 'sparsity'), '+.2f')}, "
+            f"|corr| {interval_text(_apart(of_task, strength, 'correlation_h'), '+.3f')}, "
+            f"loss {interval_text(_apart(of_task, strength, 'task_loss'), '+.4f')}"
         )
         bound = f"> 0, < 0, ≤ {HARMLESS * float(of_task['baseline']):.3f}"
         # of a task that was not learned there is nothing to harm
@@ -376,7 +372,9 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
         change = _apart(dataset.sel(task=name), strength, "log_retention")
         kept = None if np.isnan(change.low) else bool(change.low >= 0)
         label = f"the memory's retention does not fall: {name}, strength {strength:g}"
-        checks.append(Check(label, f"{_text(change, '+.1f')} nats", "≥ 0", kept, "D4", WHY_RETENTION, decides=False))
+        checks.append(
+            Check(label, f"{interval_text(change, '+.1f')} nats", "≥ 0", kept, "D4", WHY_RETENTION, decides=False)
+        )
     return checks
 
 
@@ -403,7 +401,7 @@ def summary(dataset: xr.Dataset) -> dict[str, str]:
         alone = float(of_task["correlation_h_median"].isel(evaluation=-1).sel(strength=0))
         sentences.append(
             f"on {name} {'; '.join(phrases)}; the correlation, {alone:.2f} without penalty, changes by "
-            f"{_text(change, '+.2f')} where it changes most in the claim's favour, at {least:g}."
+            f"{interval_text(change, '+.2f')} where it changes most in the claim's favour, at {least:g}."
         )
     return {"D4": "  ".join(sentences)}
 

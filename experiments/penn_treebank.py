@@ -36,7 +36,15 @@ import rnngrad as rg
 from experiments import command, results
 from experiments.claims import Check, Claim
 from experiments.command import Piece, UserError
-from experiments.statistics import CONFIDENCE, NUM_RESAMPLES, Interval, describe, median_interval, summarise
+from experiments.statistics import (
+    CONFIDENCE,
+    NUM_RESAMPLES,
+    Interval,
+    describe,
+    interval_text,
+    median_interval,
+    summarise,
+)
 from experiments.trials import Trainer
 
 _FUNCTIONS = (
@@ -470,10 +478,7 @@ def interval_over(values: xr.DataArray) -> Interval:
 
 
 def _words(interval: Interval, digits: int) -> str:
-    if np.isnan(interval.median):
-        return "no number"
-    median, low, high = (f"{float(value):.{digits}f}" for value in interval)
-    return f"{median} [{low}, {high}]"
+    return interval_text(interval, f".{digits}f", nothing="no number")
 
 
 def _at(checkpoint: int) -> str:

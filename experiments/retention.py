@@ -30,7 +30,7 @@ import rnngrad as rg
 from experiments import command, results
 from experiments.claims import Check, Claim
 from experiments.command import Piece, UserError
-from experiments.statistics import describe, summarise
+from experiments.statistics import describe, stored_text, summarise
 
 CLAIMS = (
     Claim(
@@ -307,11 +307,7 @@ def run(
 
 # --- what a person sees ----------------------------------------------------------------------------------------------
 
-
-def _interval(row: xr.Dataset, name: str, digits: int) -> str:
-    """Prints median and interval of a quantity of one row."""
-    median, low, high = (float(row[f"{name}_{part}"]) for part in ("median", "low", "high"))
-    return "—" if np.isnan(median) else f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+_text = functools.partial(stored_text, nothing="—")
 
 
 def _half_life(rate: float) -> str:
@@ -345,11 +341,13 @@ def _cells_of(row: xr.Dataset) -> dict[str, str]:
     return {
         "cell": str(row["cell"].values),
         "init": str(row["init"].values) + (f" ({broken} seeds non-finite)" if broken else ""),
-        "full chain, rate": _interval(full, "rate", 4),
+        "full chain, rate": _text(full, "rate", ".4f"),
         "half-life": _half_life(float(full["rate_median"])),
-        "direct path, rate": _interval(row.sel(path="direct"), "rate", 4),
-        f"log10 rest/direct, lag {row.attrs['check_lag']}": _interval(row, "log10_remainder_over_direct", 1),
-        f"∂L_T in last {LAST_STEPS}": _interval(row, "last_steps_share", 2),
+        "direct path, rate": _text(row.sel(path="direct"), "rate", ".4f"),
+        f"log10 rest/direct, lag {row.attrs['check_lag']}": _text(
+            row, "log10_remainder_over_direct", ".1f", nothing="—"
+        ),
+        f"∂L_T in last {LAST_STEPS}": _text(row, "last_steps_share", ".2f"),
         "float32 dies at": _death(row),
     }
 
@@ -403,7 +401,7 @@ def verdict(dataset: xr.Dataset) -> list[Check]:
         checks.append(
             Check(
                 f"∂c_T/∂c_k ≈ ∏f at lag {lag}: {_label(row)}",
-                f"rest/direct 10^{_interval(row, 'log10_remainder_over_direct', 1)}" if measured else "no number",
+                f"rest/direct 10^{_text(row, 'log10_remainder_over_direct', '.1f')}" if measured else "no number",
                 f"≤ {APPROXIMATE:g}",
                 bool(worst <= np.log10(APPROXIMATE)) if measured else None,
                 "B3",

@@ -96,3 +96,29 @@ def describe(dataset: xr.Dataset, descriptions: Mapping[str, tuple[str, str]]) -
     for name, (units, text) in descriptions.items():
         dataset[name].attrs.update(units=units, description=text)
     return dataset
+
+
+# --- what a person sees ----------------------------------------------------------------------------------------------
+
+
+def interval_text(interval: Interval, form: str = ".2f", *, nothing: str | None = None) -> str:
+    """Returns a median and its interval as tables and verdicts print them.
+
+    Args:
+      interval: three scalars.
+      form: how each is formatted.
+      nothing: stands for a median that is NaN, when given.
+
+    >>> interval_text(Interval(1.0, 0.5, 2.0), ".1f")
+    '1.0 [0.5, 2.0]'
+    """
+    median, low, high = (float(value) for value in interval)
+    if nothing is not None and np.isnan(median):
+        return nothing
+    return f"{median:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def stored_text(dataset: xr.Dataset, name: str, form: str = ".2f", *, nothing: str | None = None) -> str:
+    """Returns the same of what :func:`summarise` added for a variable, at a place of the dataset without dimensions."""
+    interval = Interval(*(dataset[f"{name}_{part}"].values for part in Interval._fields))
+    return interval_text(interval, form, nothing=nothing)

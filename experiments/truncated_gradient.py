@@ -29,7 +29,7 @@ import rnngrad as rg
 from experiments import command, results
 from experiments.claims import Check, Claim
 from experiments.command import Piece, UserError
-from experiments.statistics import describe, summarise
+from experiments.statistics import describe, stored_text, summarise
 
 CLAIMS = (
     Claim(
@@ -234,11 +234,6 @@ def run(
 _LOSS_WORDS = {"last": "loss of the last step", "all": "mean loss of all steps"}
 
 
-def _interval(row: xr.Dataset, name: str) -> str:
-    median, low, high = (float(row[f"{name}_{part}"]) for part in ("median", "low", "high"))
-    return f"{median:.2f} [{low:.2f}, {high:.2f}]"
-
-
 def table(dataset: xr.Dataset) -> rich.table.Table:
     """Returns the table a person reads first; medians over seeds with 95 % intervals."""
     config = json.loads(dataset.attrs["config"])
@@ -265,8 +260,8 @@ def table(dataset: xr.Dataset) -> rich.table.Table:
                 loss,
                 str(forget_bias),
                 *(f"{float(total['error_median'].sel(steps=steps)):.2f}" for steps in shorter),
-                _interval(at_longest.sel(block="total"), "error"),
-                _interval(at_longest.sel(block="total"), "cosine"),
+                stored_text(at_longest.sel(block="total"), "error"),
+                stored_text(at_longest.sel(block="total"), "cosine"),
                 *(f"{float(at_longest['error_median'].sel(block=gate)):.2f}" for gate in BLOCKS[:-1]),
             )
         shown.add_section()
@@ -282,7 +277,7 @@ def _claim_check(dataset: xr.Dataset, loss: str, forget_bias: str) -> Check:
     worst = total.isel(steps=int(total["error_high"].argmax("steps")))
     return Check(
         f"{_CLAIM}: {loss}, b_f = {forget_bias}",
-        f"error {_interval(worst, 'error')} at T = {int(worst['steps'])}",
+        f"error {stored_text(worst, 'error')} at T = {int(worst['steps'])}",
         f"≤ {LARGEST_ERROR:g}",
         bool(worst["error_high"] <= LARGEST_ERROR),
         "T1",
@@ -296,7 +291,7 @@ def _direction_check(dataset: xr.Dataset, loss: str) -> Check:
     at = f"b_f = {worst['forget_bias'].item()}, T = {int(worst['steps'])}"
     return Check(
         f"its direction at least: {loss}",
-        f"cosine {_interval(worst, 'cosine')} at {at}",
+        f"cosine {stored_text(worst, 'cosine')} at {at}",
         f"≥ {SMALLEST_COSINE:g}",
         bool(worst["cosine_low"] >= SMALLEST_COSINE),
         "T1",
