@@ -887,10 +887,5 @@ EXPERIMENT = command.Experiment(
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line."""
-    command.main(EXPERIMENT, arguments)
-
-
 if __name__ == "__main__":
-    main()
+    command.main(EXPERIMENT)

@@ -10,6 +10,7 @@ import pytest
 
 import rnngrad as rg
 from experiments import agreement_distance as experiment
+from experiments import command
 
 TINY = dataclasses.replace(
     experiment.SMOKE, cells=("vanilla", "gru"), hidden_size=5, batch_size=4, updates=2, eval_every=1, probes=3
@@ -185,7 +186,7 @@ def test_figure_shows_what_it_should(tiny):
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        experiment.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(experiment.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

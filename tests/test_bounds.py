@@ -215,7 +215,7 @@ def test_interrupted_run_resumes(tmp_path, monkeypatch):
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        bounds.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(bounds.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code not in (0, None)
     assert message in error

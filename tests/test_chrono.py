@@ -11,7 +11,7 @@ import pytest
 import xarray as xr
 
 import rnngrad as rg
-from experiments import chrono, trials
+from experiments import chrono, command, trials
 
 TINY = dataclasses.replace(
     chrono.SMOKE, delays=(5,), adding=(8,), updates=2, adding_updates=2, eval_every=1, hidden_size=5, seeds=2
@@ -219,7 +219,7 @@ def test_figure_has_a_panel_per_setting_and_a_curve_per_seed(tiny):
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        chrono.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(chrono.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import rnngrad as rg
-from experiments import clipping
+from experiments import clipping, command
 from experiments.claims import word_of
 
 # relu at gain 1e6 leaves the range of float32 within 12 steps
@@ -177,7 +177,7 @@ def test_table_and_figure_show_every_case(tiny):
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        clipping.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(clipping.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

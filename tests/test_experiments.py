@@ -320,7 +320,7 @@ def test_user_errors_are_one_line(words, message, tmp_path, monkeypatch, capsys)
     (tmp_path / "short.txt").write_text("three little words")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        retention.main(["--smoke", *([] if "--out" in words else ["--out", "o"]), *words])
+        command.main(retention.EXPERIMENT, ["--smoke", *([] if "--out" in words else ["--out", "o"]), *words])
     error = capsys.readouterr().err
     assert stopped.value.code not in (0, None)
     assert message in error

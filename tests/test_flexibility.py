@@ -10,6 +10,7 @@ import pytest
 from scipy.special import expit
 
 import rnngrad as rg
+from experiments import command
 from experiments import flexibility as experiment
 
 TINY = dataclasses.replace(experiment.SMOKE, counting_steps=5, hidden_size=3, updates=2, eval_every=1, repeats=2)
@@ -163,7 +164,7 @@ def test_every_task_is_trained_on():
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        experiment.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(experiment.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

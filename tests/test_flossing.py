@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from experiments import flossing
+from experiments import command, flossing
 from experiments.claims import word_of
 
 TINY = dataclasses.replace(flossing.SMOKE, exponents=(2, 4))
@@ -163,7 +163,7 @@ def test_figure_shows_every_start(tiny):
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        flossing.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(flossing.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

@@ -13,7 +13,7 @@ import pytest
 import scipy.special
 
 import rnngrad as rg
-from experiments import forget_bias
+from experiments import command, forget_bias
 from experiments.claims import word_of
 
 TINY = dataclasses.replace(
@@ -200,7 +200,7 @@ def test_figure_shows_every_setting(tiny):
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        forget_bias.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(forget_bias.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

@@ -186,7 +186,7 @@ def test_interrupted_run_resumes(tmp_path, monkeypatch):
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        gain_transition.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(gain_transition.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code not in (0, None)
     assert message in error

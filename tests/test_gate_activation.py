@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import rnngrad as rg
-from experiments import gate_activation
+from experiments import command, gate_activation
 from experiments.claims import word_of
 
 TINY = dataclasses.replace(gate_activation.SMOKE, steps=9, hidden_size=3, input_size=2, learning_rates=(1e-2, 1e-3))
@@ -142,7 +142,7 @@ def test_figure_shows_every_row(tiny):
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        gate_activation.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(gate_activation.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

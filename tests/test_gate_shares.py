@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import rnngrad as rg
-from experiments import gate_shares
+from experiments import command, gate_shares
 
 TINY = dataclasses.replace(gate_shares.SMOKE, hidden_size=3, input_size=2, task_steps=20, training_seeds=1)
 """Sizes of fresh and trained networks agree, so that both are measured by one compilation."""
@@ -230,7 +230,7 @@ def test_figures_show_the_data(tiny):
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        gate_shares.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(gate_shares.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 
 import rnngrad as rg
-from experiments import hundred_steps
+from experiments import command, hundred_steps
 from experiments.claims import word_of
 
 # 100 steps and ten seeds, so that the verdict is one
@@ -211,7 +211,7 @@ def test_pictures(tiny):
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        hundred_steps.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(hundred_steps.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import rnngrad as rg
-from experiments import indrnn_bound
+from experiments import command, indrnn_bound
 from experiments.claims import word_of
 
 TINY = indrnn_bound.SMOKE
@@ -168,7 +168,7 @@ def test_figure_shows_starts_and_networks(tiny):
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        indrnn_bound.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(indrnn_bound.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

@@ -11,7 +11,7 @@ import pytest
 import xarray as xr
 
 import rnngrad as rg
-from experiments import influence
+from experiments import command, influence
 
 TINY = dataclasses.replace(
     influence.SMOKE, steps=14, map_steps=5, hidden_size=4, input_size=3, seeds=2, trained_size=4, training_seeds=1
@@ -219,7 +219,7 @@ def test_figures_show_the_data(tiny):
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        influence.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(influence.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

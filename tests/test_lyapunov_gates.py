@@ -118,7 +118,7 @@ def test_float64_leaves_the_setting_alone():
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        lyapunov_gates.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(lyapunov_gates.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

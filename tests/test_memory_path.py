@@ -279,7 +279,7 @@ def test_interrupted_run_resumes(tiny, tmp_path, monkeypatch):
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        memory_path.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(memory_path.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

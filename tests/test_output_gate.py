@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import rnngrad as rg
-from experiments import output_gate
+from experiments import command, output_gate
 from experiments.claims import word_of
 
 TINY = output_gate.SMOKE
@@ -153,7 +153,7 @@ def test_figure_shows_every_quantity(tiny):
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        output_gate.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(output_gate.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

@@ -13,7 +13,7 @@ import pytest
 import xarray as xr
 
 import rnngrad as rg
-from experiments import penn_treebank
+from experiments import command, penn_treebank
 from experiments.claims import word_of
 from experiments.trials import Trial
 
@@ -286,7 +286,7 @@ def test_pictures():
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        penn_treebank.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(penn_treebank.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import rnngrad as rg
-from experiments import temporal_order, trials
+from experiments import command, temporal_order, trials
 
 # rates and weights so large that one update is seen, and that every part of it counts
 TINY = dataclasses.replace(
@@ -205,7 +205,7 @@ def test_figure_shows_every_seed_and_the_success_rates(tiny):
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        temporal_order.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(temporal_order.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

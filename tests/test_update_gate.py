@@ -10,6 +10,7 @@ import pytest
 from scipy.special import expit
 
 import rnngrad as rg
+from experiments import command
 from experiments import update_gate as experiment
 
 TINY = dataclasses.replace(
@@ -193,7 +194,7 @@ def test_figure_shows_what_it_should(tiny):
 )
 def test_user_errors_are_one_line(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        experiment.main(["--smoke", "--out", str(tmp_path / "o"), *words])
+        command.main(experiment.EXPERIMENT, ["--smoke", "--out", str(tmp_path / "o"), *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error
