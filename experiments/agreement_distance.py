@@ -191,14 +191,10 @@ def _trainer(kind: CellName, longest: int, config: Config) -> Trainer:
         output = model.apply(params, model.init_state((_EVALUATED,)), _one_hot(words))
         return {"accuracy": rg.losses.accuracy(output.outputs, targets, mask)}
 
-    rule = optax.chain(rg.remedies.clip_by_global_norm(1.0), optax.adam(config.learning_rate))
-    # a state of weak dtypes would have the first stretch compiled apart from the others
-    strong = functools.partial(jax.tree.map, lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype))
-    optimizer = optax.GradientTransformation(lambda params: strong(rule.init(params)), rule.update)
     return Trainer(
         model,
         _loss,
-        optimizer,
+        optax.chain(rg.remedies.clip_by_global_norm(1.0), optax.adam(config.learning_rate)),
         lambda key, step: _draw(task, jax.random.fold_in(key, step), config.batch_size),
         measure,
         batch_size=config.batch_size,
