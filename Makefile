@@ -31,7 +31,7 @@ install: $(STAMP) ## Make the virtual environment and install the pinned package
 run: $(STAMP) ## Retention of vanilla, LSTM and GRU on real text: a table and a figure
 	$(PY) -m experiments.retention $(ARGS)
 
-reproduce: $(STAMP) ## Try every claim again (an hour or more; resumes) and write out/reproduce/report.html
+reproduce: $(STAMP) ## Try every claim again (some 40 minutes on two cores; resumes) and write out/reproduce/report.html
 	$(PY) -m experiments all $(ARGS)
 
 # Compiling dominates the fast tests and takes half the time without optimisation; the slow ones run what users run.
