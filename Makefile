@@ -15,7 +15,7 @@ STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run reproduce test slow check format bench docs clean
+.PHONY: help install run reproduce test slow check format bench docs notebooks clean
 
 help: ## List the targets
 	@echo "rnngrad: how far back a recurrent network's gradient reaches"
@@ -23,7 +23,7 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  PYTHON=python3.12      the interpreter that makes $(VENV) (default: python3)'
-	@echo '  ARGS="--help"          arguments of run, reproduce and bench'
+	@echo '  ARGS="--help"          arguments of run, reproduce, bench and notebooks'
 	@echo '  PYTEST_ARGS="-k lstm"  arguments of test and slow'
 
 install: $(STAMP) ## Make the virtual environment and install the pinned packages
@@ -39,7 +39,7 @@ test: $(STAMP) ## Run the fast tests and the doctests
 	XLA_FLAGS=--xla_backend_optimization_level=0 $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 slow: $(STAMP) ## Run the slow tests
-	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile -m slow $(PYTEST_ARGS)
 
 check: $(STAMP) ## Lint, formatting and types; changes nothing
 	$(PY) -m ruff check .
@@ -58,6 +58,9 @@ docs: $(STAMP) ## Build the documentation into out/docs: html, doctests, links
 	$(PY) -m sphinx -q -E -W --keep-going -b html -d out/docs/.doctrees docs out/docs
 	$(PY) -m sphinx -q -W --keep-going -b doctest -d out/docs/.doctrees docs out/docs/.doctest
 	@sed -n '/^Doctest summary/,$$p' out/docs/.doctest/output.txt; echo "out/docs/index.html"
+
+notebooks: $(STAMP) ## Run the examples and write them as notebooks
+	$(PY) examples/make_notebooks.py $(ARGS)
 
 clean: ## Remove the virtual environment, caches and builds (results in out/ stay)
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

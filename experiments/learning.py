@@ -397,7 +397,7 @@ def _flow_history(flow: Sequence[Mapping[str, Any]], reach: Callable[[int], int]
                 by_layer(lambda a: [_number(a["gate_share"][gate], nothing=np.nan) for gate in gates]),
             ),
             "horizon": (("flow_update", "layer"), horizon(retention)),
-            "clip_fraction": ("flow_update", [float(record["clip_fraction"]) for record in flow]),
+            "clip_fraction": ("flow_update", [_number(record["clip_fraction"], nothing=np.nan) for record in flow]),
         },
         {
             "flow_update": [record["step"] for record in flow],

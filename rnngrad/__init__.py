@@ -1,7 +1,8 @@
 """rnngrad: how far back a recurrent network's gradient reaches, along which paths, and why it fades."""
 
-from rnngrad import cells, formulas, initializers, logscaled, losses, remedies, tasks, theory, training
+from rnngrad import cells, formulas, initializers, interop, logscaled, losses, remedies, tasks, theory, training
 from rnngrad.cells.map import map_cell
+from rnngrad.diagnose import Diagnosis, Finding, diagnose
 from rnngrad.gradients import (
     ForwardGradient,
     GradientFlow,
@@ -31,6 +32,7 @@ from rnngrad.retention import (
 from rnngrad.singular_values import ChainSingularValues, chain_singular_values
 from rnngrad.types import Cell, Trajectory
 from rnngrad.unroll import Taps, unroll, zero_taps
+from rnngrad.watch import Watch, watch
 
 __version__ = "0.1.0"
 
@@ -39,6 +41,8 @@ __all__ = [
     "Certificate",
     "ChainSingularValues",
     "CovariantVectors",
+    "Diagnosis",
+    "Finding",
     "ForwardGradient",
     "GradientFlow",
     "GradientPaths",
@@ -55,18 +59,21 @@ __all__ = [
     "Taps",
     "Trajectory",
     "TruncatedGradient",
+    "Watch",
     "bptt",
     "cells",
     "certificate",
     "chain_singular_values",
     "covariant_vectors",
     "decay_rate",
+    "diagnose",
     "formulas",
     "gate_names",
     "gradient_paths",
     "half_life",
     "init_report",
     "initializers",
+    "interop",
     "jacobian_chain",
     "logscaled",
     "losses",
@@ -89,5 +96,6 @@ __all__ = [
     "training",
     "truncated_bptt",
     "unroll",
+    "watch",
     "zero_taps",
 ]

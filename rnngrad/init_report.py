@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from rnngrad import theory
 from rnngrad.cells.vanilla import ACTIVATIONS
@@ -156,12 +157,17 @@ def _table(layer: LayerReport, num_steps: int) -> str:
 # --- layers of a cell ------------------------------------------------------------------------------------------------
 
 
-def _layers(tree: Any) -> list[tuple[str, ...]]:
+def layers_of(tree: Any) -> list[tuple[str, ...]]:
     """Returns where the layers lie in a state: ``[()]`` for a single cell, ``[("layer_0",), …]`` for a stack."""
     fields = getattr(tree, "_fields", ())
     if not fields or not all(field.startswith("layer_") for field in fields):
         return [()]
-    return [(field, *rest) for field in fields for rest in _layers(getattr(tree, field))]
+    return [(field, *rest) for field in fields for rest in layers_of(getattr(tree, field))]
+
+
+def memory_of(layout: Layout, layer: str) -> str:
+    """Returns the block that carries a layer's memory: its last field, c of an LSTM; ``""`` names the only layer."""
+    return [name for name, is_in in zip(layout.names, layout.block(layer or None), strict=True) if is_in][-1]
 
 
 def _at(tree: Any, layer: tuple[str, ...]) -> Any:
@@ -304,6 +310,13 @@ def _replaced(tree: Any, layer: tuple[str, ...], value: Any) -> Any:
     return tree._replace(**{first: _replaced(getattr(tree, first), tuple(rest), value)})
 
 
+@functools.partial(jax.jit, static_argnames=("cell",))
+def _biases(cell, params, state, xs):
+    """Returns what the gates hear with every matrix, the state and the input at zero."""
+    without_matrices = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if leaf.ndim > 1 else leaf, params)
+    return cell.preactivate(without_matrices, _zeros(state), jnp.zeros_like(xs[0]))
+
+
 def _input_variance(cell: Cell, params: Params, run: Run, layer: tuple[str, ...]) -> float:
     """Returns the mean square of W x: pre-activations with all other weights of the layer at zero."""
     weights = _at(params, layer)
@@ -339,29 +352,44 @@ def init_report(cell: Cell, params: Params, xs: Any, *, state: State | None = No
     Bias(mean=1.0, smallest=1.0, largest=1.0)
     """
     state = cell.init_state() if state is None else state
+    measure = lambda memory, path: retention(cell, params, state, xs, of=memory, wrt=memory, path=path).log_norm
+    return report_with(cell, params, state, xs, measure)
+
+
+def report_with(
+    cell: Cell, params: Params, state: State, xs: Any, measure: Callable[[str, str], Float[Any, " L"]]
+) -> InitReport:
+    """Returns :func:`init_report` with curves from elsewhere.
+
+    Args:
+      cell: any cell with named gates, or a stack of them.
+      params: its parameters.
+      state: s_0.
+      xs: inputs, (T, D).
+      measure: maps (block of the state, ``"direct"`` or ``"full"``) to the retention of that block, lags 0 … T, nats.
+
+    Raises:
+      ValueError: as :func:`init_report`.
+    """
     layout, _ = prepare(cell, params, state, xs)
-    layers = _layers(state)
+    layers = layers_of(state)
     run = run_forward(cell, params, state, xs)
     z = jax.tree.map(lambda leaf: leaf[0], run.points.z)
     if not all(hasattr(_at(z, layer), "_fields") for layer in layers):
         raise ValueError(f"expected a cell with named gates, found {cell.name!r}")
-    without_matrices = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if leaf.ndim > 1 else leaf, params)
-    biases = cell.preactivate(without_matrices, _zeros(state), jnp.zeros_like(xs[0]))
+    biases = _biases(cell, params, state, xs)
 
     # "stack(lstm, gru_reset_after)"
     names = [cell.name] if layers == [()] else [n for n in re.findall(r"\w+", cell.name) if n != "stack"]
     found = []
     for layer, name in zip(layers, names, strict=True):
         prefix = ".".join(layer)
-        memory = [leaf for leaf, is_in in zip(layout.names, layout.block(prefix or None), strict=True) if is_in][-1]
+        memory = memory_of(layout, prefix)
         gates = _at(z, layer)._fields
         forget_gate = next((gate for gate in FORGET_GATES if gate in gates), "")
         bias = np.asarray(getattr(_at(biases, layer), forget_gate or gates[0])).real.astype(np.float64)
         kept = _kept(cell, params, run, layout, memory)
-        curves = {
-            path: retention(cell, params, state, xs, of=memory, wrt=memory, path=path).log_norm
-            for path in ("direct", "full")
-        }
+        curves = {path: measure(memory, path) for path in ("direct", "full")}
         w_hh = np.asarray(getattr(_at(params, layer), "w_hh", np.zeros((0, 1))), np.float64)
         blocks = np.split(w_hh, w_hh.shape[0] // w_hh.shape[1]) if w_hh.size else []
         prediction = _Prediction()

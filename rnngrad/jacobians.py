@@ -105,6 +105,8 @@ def layout_of(state: State) -> Layout:
 # --- one step, as maps on cotangents ---------------------------------------------------------------------------------
 
 Pull = Callable[[Blocks], Blocks]
+OpenGates = tuple[bool | Bool[Array, ""], ...]
+"""Which leaves of z let cotangents through; traced flags serve several paths by one program."""
 
 
 class StepPulls(NamedTuple):
@@ -121,7 +123,7 @@ class StepPulls(NamedTuple):
 
 
 def step_pulls(
-    cell: Cell, params: Params, point: Point, layout: Layout, gate_is_open: tuple[bool, ...] | None = None
+    cell: Cell, params: Params, point: Point, layout: Layout, gate_is_open: OpenGates | None = None
 ) -> StepPulls:
     """Returns the pull-backs of one step.
 
@@ -145,13 +147,13 @@ def step_pulls(
         _, pull_preactivate = jax.vjp(preactivate, blocks)
         _, pull_update = jax.vjp(update, point.z, blocks)
 
-    def part(row: Blocks, *, direct: bool, is_open: tuple[bool, ...] | None, gated: bool = True) -> Blocks:
+    def part(row: Blocks, *, direct: bool, is_open: OpenGates | None, gated: bool = True) -> Blocks:
         z_bar, from_direct = pull_update(row)
         if not gated:
             return from_direct
         if is_open is not None:
             leaves, treedef = jax.tree.flatten(z_bar)
-            leaves = [leaf if keep else jnp.zeros_like(leaf) for leaf, keep in zip(leaves, is_open, strict=True)]
+            leaves = [jnp.where(keep, leaf, jnp.zeros_like(leaf)) for leaf, keep in zip(leaves, is_open, strict=True)]
             z_bar = jax.tree.unflatten(treedef, leaves)
         (from_gates,) = pull_preactivate(z_bar)
         return jax.tree.map(jnp.add, from_direct, from_gates) if direct else from_gates
@@ -213,7 +215,7 @@ def reverse_scan(
     carry: Any,
     advance: Callable[[StepPulls, Any], Any],
     emit: Callable[[Any], Any],
-    gate_is_open: tuple[bool, ...] | None = None,
+    gate_is_open: OpenGates | None = None,
 ) -> tuple[Any, Any]:
     """Returns the carry pulled back to s_0 and what ``emit`` saw of it at every k = 0 … T−1, stacked in that order.
 

@@ -179,8 +179,13 @@ def _draw(key: Key[Array, ""], num_probes: int, layout: Layout, of: str | None, 
     return jax.random.normal(key, (num_probes, _num_entries(layout, of)), dtype)
 
 
-class _Spread(NamedTuple):
-    """What is kept of the rows at each lag."""
+def probe_rows(key: Key[Array, ""], num_probes: int, layout: Layout, of: str | None, dtype: np.dtype) -> Rows:
+    """Returns ``num_probes`` random rows over block ``of``, zero elsewhere, ready to be pulled back."""
+    return _at(logscaled.from_array(_draw(key, num_probes, layout, of, dtype)), layout, of)
+
+
+class Spread(NamedTuple):
+    """What is kept of the rows at each lag; see the module docstring."""
 
     log_root: Array
     """log √m."""
@@ -188,7 +193,8 @@ class _Spread(NamedTuple):
     n_3: Array
 
 
-def _spread(rows: LogScaled, *, most: int) -> _Spread:
+def spread_of(rows: LogScaled, *, most: int) -> Spread:
+    """Returns what random rows say of a chain whose smaller side is ``most``."""
     p = rows.mantissa.shape[-2]
     mantissa = rows.mantissa.astype(at_least_float32(rows.mantissa.dtype))
     gram = jnp.einsum("in,jn->ij", mantissa, mantissa, precision=jax.lax.Precision.HIGHEST)
@@ -206,7 +212,7 @@ def _spread(rows: LogScaled, *, most: int) -> _Spread:
     skew = ratio(third, second * jnp.sqrt(second))
     n_3 = jnp.clip(ratio((p - 2) ** 2 / (p * (p - 1)) * jnp.ones_like(skew), jnp.square(jnp.maximum(skew, 0))), 1, n_2)
     log_root = jnp.where(is_zero, -jnp.inf, 0.5 * jnp.log(jnp.where(is_zero, 1, trace / p)) + rows.log_scale)
-    return _Spread(log_root, n_2, n_3)
+    return Spread(log_root, n_2, n_3)
 
 
 def _quantile_ratio(num: Array, z: float) -> Array:
@@ -214,6 +220,14 @@ def _quantile_ratio(num: Array, z: float) -> Array:
     width = 2 / (9 * num)
     base = 1 - width + z * jnp.sqrt(width)
     return jnp.where(base > 0, jnp.where(base > 0, base, 1) ** -3, jnp.inf)
+
+
+def interval_ends(spread: Spread, num_probes: int, confidence: float) -> tuple[Array, Array]:
+    """Returns lower and upper end of the interval, in nats relative to the estimate."""
+    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    share, nu = jnp.sqrt(spread.n_3 / spread.n_2), num_probes * spread.n_3
+    low, high = (0.5 * jnp.log1p(share * (_quantile_ratio(nu, sign * z) - 1)) for sign in (1, -1))
+    return low, high
 
 
 def _check(num_probes: int, confidence: Real) -> None:
@@ -228,13 +242,11 @@ def _probe_retention(cell, params, state, xs, key, *, layout, path, of, wrt, num
     run = run_forward(cell, params, state, xs)
     dtype = real_dtype(state)
     num_rows, num_columns = _num_entries(layout, of), _num_entries(layout, wrt)
-    rows = _at(logscaled.from_array(_draw(key, num_probes, layout, of, dtype)), layout, of)
-    then = functools.partial(_spread, most=min(num_rows, num_columns))
+    rows = probe_rows(key, num_probes, layout, of, dtype)
+    then = functools.partial(spread_of, most=min(num_rows, num_columns))
     spread = chain_along(cell, params, run, rows, path=path, keep=Keep(layout, wrt, then))
 
-    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
-    share, nu = jnp.sqrt(spread.n_3 / spread.n_2), num_probes * spread.n_3
-    ends = [0.5 * jnp.log1p(share * (_quantile_ratio(nu, sign * z) - 1)) for sign in (1, -1)]
+    ends = interval_ends(spread, num_probes, confidence)
     log_norm = spread.log_root - 0.5 * float(np.log(num_rows))
     # the rows of the identity: nothing to estimate
     overlap = 0 if path.kind == "remainder" else _num_entries(layout, of, wrt)

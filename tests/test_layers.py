@@ -22,6 +22,12 @@ ROOMS = [
     {"singular_values", "init_report", "losses"},
     {"remedies", "tasks"},
     {"training"},
+    {"interop"},
+    {"watch"},
+    {"diagnose"},
+    {"doctor"},
+    {"cli"},
+    {"__main__"},
 ]
 LIBRARY_MAY_IMPORT = {"jax", "jaxtyping", "numpy", "rnngrad"}
 # beside that, by room; what an extra installs is imported where it is used
@@ -29,6 +35,12 @@ ROOM_MAY_IMPORT = {
     "remedies": {"optax"},
     "tasks": {"sklearn"},
     "training": {"optax", "orbax", "tensorboardX", "wandb"},
+    # models and weight files of others
+    "interop": {"equinox", "flax", "h5py", "orbax", "safetensors"},
+    # what a person sees: imported by the methods that draw, and by the command
+    "diagnose": {"matplotlib", "rich"},
+    "doctor": {"ml_dtypes"},
+    "cli": {"flax", "rich", "tyro"},
 }
 
 

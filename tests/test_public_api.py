@@ -19,6 +19,7 @@ MODULES = [
     rg.cells,
     rg.formulas,
     rg.initializers,
+    rg.interop,
     rg.logscaled,
     rg.losses,
     rg.remedies,
@@ -113,7 +114,9 @@ def test_import_changes_no_configuration_and_needs_no_extra():
     """The package imports without its extras, and leaves JAX's configuration as it found it."""
     code = """
 import sys, jax
-extras = "xarray h5netcdf matplotlib tyro rich scipy.stats equinox pytest sklearn tensorboardX wandb".split()
+extras = (
+    "xarray h5netcdf h5py safetensors matplotlib tyro rich scipy.stats equinox pytest sklearn tensorboardX wandb"
+).split()
 for name in extras:
     sys.modules[name] = None
 before = dict(jax.config.values)

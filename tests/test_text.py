@@ -90,9 +90,9 @@ def digest_like(entry) -> str:
 @pytest.fixture
 def small_files(monkeypatch):
     """Lets CONTENT pass for every public file."""
-    for name, entry in text._PUBLIC_FILES.items():
+    for name, entry in text.PUBLIC_FILES.items():
         words = None if entry.num_words is None else len(tokenize(CONTENT.decode()).ids)
-        monkeypatch.setitem(text._PUBLIC_FILES, name, entry._replace(digest=digest_like(entry), num_words=words))
+        monkeypatch.setitem(text.PUBLIC_FILES, name, entry._replace(digest=digest_like(entry), num_words=words))
 
 
 def write(path: Path, content: bytes = CONTENT) -> Path:
@@ -276,8 +276,8 @@ def test_data_dir_without_the_file_downloads_nothing(tmp_path, server, cache, sm
         folder.mkdir()
     message = message_of(FileNotFoundError, name, data_dir=str(folder))
     assert str(folder / PLACES[name]) in message
-    assert text._PUBLIC_FILES[name].digest in message
-    assert text._PUBLIC_FILES[name].url in message
+    assert text.PUBLIC_FILES[name].digest in message
+    assert text.PUBLIC_FILES[name].url in message
     assert not server.requests
 
 
@@ -290,7 +290,7 @@ def test_wrong_digest_on_disk(tmp_path, monkeypatch, cache, server, name, by):
         monkeypatch.setenv("RNNGRAD_DATA", str(folder))
     message = message_of(ValueError, name, data_dir=folder if by == "data_dir" else None)
     assert str(path) in message
-    entry = text._PUBLIC_FILES[name]
+    entry = text.PUBLIC_FILES[name]
     assert f"expected {entry.digest}, found {digest_like(entry)}" in message
     assert path.read_bytes() == CONTENT
     assert not server.requests
@@ -298,12 +298,12 @@ def test_wrong_digest_on_disk(tmp_path, monkeypatch, cache, server, name, by):
 
 def test_number_of_words_where_the_digest_is_weak(tmp_path, monkeypatch, small_files):
     """Only the training split relies on an MD5, and it counts its words besides."""
-    weak = {name for name, entry in text._PUBLIC_FILES.items() if not entry.digest.startswith("sha256:")}
-    assert weak == {name for name, entry in text._PUBLIC_FILES.items() if entry.num_words} == {"ptb:train"}
-    entry = text._PUBLIC_FILES["ptb:train"]
+    weak = {name for name, entry in text.PUBLIC_FILES.items() if not entry.digest.startswith("sha256:")}
+    assert weak == {name for name, entry in text.PUBLIC_FILES.items() if entry.num_words} == {"ptb:train"}
+    entry = text.PUBLIC_FILES["ptb:train"]
     write(tmp_path / PLACES["ptb:train"])
     assert load_text("ptb:train", data_dir=tmp_path).digest == DIGEST  # SHA-256, as of every text
-    monkeypatch.setitem(text._PUBLIC_FILES, "ptb:train", entry._replace(num_words=929_589))
+    monkeypatch.setitem(text.PUBLIC_FILES, "ptb:train", entry._replace(num_words=929_589))
     message = message_of(ValueError, "ptb:train", data_dir=tmp_path)
     assert message.endswith("is not ptb.train.txt: expected 929589 words, found 10")
 
@@ -330,7 +330,7 @@ def test_download(cache, server, small_files, name, declared):
     loaded = load_text(name, on_progress=lambda received, total: progress.append((received, total)))
     assert (loaded.name, loaded.text, loaded.digest) == (name, CONTENT.decode(), DIGEST)
     [(url, timeout)] = server.requests
-    assert url == text._PUBLIC_FILES[name].url
+    assert url == text.PUBLIC_FILES[name].url
     assert timeout
     assert files_below(cache) == [cache / PLACES[name]]
     assert (cache / PLACES[name]).read_bytes() == CONTENT
@@ -369,7 +369,7 @@ def test_cache_in_the_home_folder(tmp_path, monkeypatch, server, small_files, ba
 def test_download_refused(cache, server, name, failure, reason):
     server.answer = failure
     message = message_of(FileNotFoundError, name)
-    entry = text._PUBLIC_FILES[name]
+    entry = text.PUBLIC_FILES[name]
     # what failed, which file to put where (both ways), and how to verify it
     for part in (
         entry.url,
@@ -403,7 +403,7 @@ def test_truncated_download(cache, server, small_files):
 def test_wrong_download_is_deleted(cache, server, name):
     server.answer = Response(CONTENT, len(CONTENT))
     message = message_of(ValueError, name)
-    entry = text._PUBLIC_FILES[name]
+    entry = text.PUBLIC_FILES[name]
     found = digest_like(entry)
     for part in (f"expected {entry.digest}, found {found}", "deleted", entry.url, str(cache / PLACES[name])):
         assert part in message
@@ -781,7 +781,7 @@ TORCHTEXT_MD5 = {
 
 
 def test_training_split_goes_by_the_published_md5():
-    assert text._PUBLIC_FILES["ptb:train"].digest == f"md5:{TORCHTEXT_MD5['ptb:train']}"
+    assert text.PUBLIC_FILES["ptb:train"].digest == f"md5:{TORCHTEXT_MD5['ptb:train']}"
 
 
 @pytest.mark.skipif(not DATA, reason="RNNGRAD_DATA names no folder with the public texts")

@@ -102,7 +102,7 @@ class _PublicFile(NamedTuple):
 
 
 # Digests of the files in the repositories of the addresses.
-_PUBLIC_FILES = {
+PUBLIC_FILES = {
     "ptb:valid": _PublicFile(
         folder="ptb",
         file="ptb.valid.txt",
@@ -170,8 +170,8 @@ def load_text(
         name = "ptb:valid" if name_or_path == "ptb" else name_or_path
         if name == "pydoc":
             return _pydoc()
-        if name in _PUBLIC_FILES:
-            entry = _PUBLIC_FILES[name]
+        if name in PUBLIC_FILES:
+            entry = PUBLIC_FILES[name]
             path = _locate(name, entry, data_dir, on_progress)
             text = _decode(name, _verified(path, entry), entry.source)
             if entry.num_words is not None and (found := len(_words(text.text))) != entry.num_words:
@@ -432,7 +432,7 @@ def _ids(owner: str, tokens: list[str], vocabulary: tuple[str, ...], unknown: st
 
 
 def _names() -> str:
-    return ", ".join(("pydoc", "ptb", *_PUBLIC_FILES))
+    return ", ".join(("pydoc", "ptb", *PUBLIC_FILES))
 
 
 def _blank(characters: str) -> str:
@@ -452,7 +452,7 @@ def _pydoc() -> Text:
     except ImportError:
         raise FileNotFoundError(
             "text 'pydoc': this Python was installed without pydoc_data; take another text: "
-            f"{', '.join(['ptb', *_PUBLIC_FILES])} or a file"
+            f"{', '.join(['ptb', *PUBLIC_FILES])} or a file"
         ) from None
     raw = "\n".join(topics[key] for key in sorted(topics)).encode()
     source = f"pydoc_data.topics of {platform.python_implementation()} {platform.python_version()}"

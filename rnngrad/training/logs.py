@@ -143,7 +143,7 @@ class _JsonLines:
             self.stream = None
 
 
-def jsonl_log(file: Path) -> Log:
+def jsonl_log(file: Path | str) -> Log:
     """Returns a log that appends one JSON object per line, and cuts what a resumed run will write again.
 
     A run that begins anew moves an older file to ``<name>.old``, or ``<name>.old-2`` and so on.
@@ -165,10 +165,10 @@ def jsonl_log(file: Path) -> Log:
     ...     rg.training.read_jsonl(pathlib.Path(folder) / "records.jsonl")
     [{'kind': 'train', 'step': 10, 'loss': 0.5}]
     """
-    return _JsonLines(file)
+    return _JsonLines(Path(file))
 
 
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
+def read_jsonl(file: Path | str) -> list[dict[str, Any]]:
     r"""Returns all records of a JSON-lines log in order; half a line at the end, left by a kill, is not one.
 
     >>> import pathlib, tempfile
@@ -179,7 +179,7 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
     ...     rg.training.read_jsonl(file)
     [{'kind': 'train', 'step': 10}]
     """
-    return [record for _, record in _lines(file)]
+    return [record for _, record in _lines(Path(file))]
 
 
 # Lags of a curve that a dashboard shows as numbers; the whole curve stands in the JSON lines.
@@ -189,7 +189,7 @@ _SHOWN_LAGS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 def scalars(record: Record) -> dict[str, float]:
     """Returns the finite numbers of a record under the names a dashboard shows; of curves, chosen lags.
 
-    Layers count from 1, the one nearest to the input.
+    Layers count from 1, the one nearest to the input, unless the record names them.
 
     >>> from rnngrad.training.logs import scalars
     >>> scalars({"kind": "flow", "step": 1, "layers": [{"log_retention": [0.0, -0.5], "gate_share": {"f": 0.25}}]})
@@ -211,7 +211,7 @@ def scalars(record: Record) -> dict[str, float]:
     for key, value in record.items():
         if key == "layers":
             for number, layer in enumerate(value, start=1):
-                collect(f"{record['kind']}/layer_{number}", layer)
+                collect(f"{record['kind']}/{layer.get('name') or f'layer_{number}'}", layer)
         elif key not in ("kind", "step"):
             collect(f"{record['kind']}/{key}", value)
     return found
@@ -253,7 +253,7 @@ class _TensorBoard:
             self.writer = None
 
 
-def tensorboard_log(folder: Path) -> Log:
+def tensorboard_log(folder: Path | str) -> Log:
     """Returns a log that writes TensorBoard events.
 
     A resumed run hides the events beyond the step it resumes from.
@@ -270,7 +270,7 @@ def tensorboard_log(folder: Path) -> Log:
     >>> isinstance(rg.training.tensorboard_log(pathlib.Path("runs")), rg.training.Log)
     True
     """
-    return _TensorBoard(folder)
+    return _TensorBoard(Path(folder))
 
 
 class _WandB:
@@ -278,8 +278,13 @@ class _WandB:
         self.module = _optional_module("wandb", install="wandb")
         self.folder, self.project, self.name, self.config = folder, project, name, dict(config)
         self.run: Any = None
+        self.is_guest = False
 
     def start(self, step: int | None) -> None:
+        self.is_guest = getattr(self.module, "run", None) is not None
+        if self.is_guest:
+            self.run = self.module.run
+            return
         with _opening(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.run = self.module.init(
@@ -298,15 +303,16 @@ class _WandB:
         """Nothing to do: its own process writes."""
 
     def close(self) -> None:
-        if self.run is not None:
+        if self.run is not None and not self.is_guest:
             self.run.finish()
-            self.run = None
+        self.run = None
 
 
-def wandb_log(folder: Path, *, project: str, name: str, config: Mapping[str, Any]) -> Log:
+def wandb_log(folder: Path | str, *, project: str, name: str, config: Mapping[str, Any]) -> Log:
     """Returns a log for Weights & Biases, offline unless the environment variable WANDB_MODE says otherwise.
 
-    A resumed run is a new run there, from the step it resumes from.
+    A resumed run is a new run there, from the step it resumes from.  A run that is open already takes the records, and
+    stays open; give its own calls of ``log`` the same ``step``.
 
     Args:
       folder: where its files go.
@@ -318,4 +324,4 @@ def wandb_log(folder: Path, *, project: str, name: str, config: Mapping[str, Any
       ValueError: wandb is not installed.
       NotWritableError: on start, when the folder cannot be made.
     """
-    return _WandB(folder, project, name, config)
+    return _WandB(Path(folder), project, name, config)

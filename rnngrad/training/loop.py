@@ -33,7 +33,15 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 from rnngrad.training.checkpoints import Checkpoints
 from rnngrad.training.logs import Log
 from rnngrad.training.model import Model, ModelParams
-from rnngrad.training.monitor import Flow, Monitor, gradient_flow, log_norms, tap_cotangents, total_cotangents
+from rnngrad.training.monitor import (
+    Flow,
+    Monitor,
+    flow_record,
+    gradient_flow,
+    log_norms,
+    tap_cotangents,
+    total_cotangents,
+)
 
 Loss = Callable[..., Any]
 """loss(output, batch) -> scalar."""
@@ -310,16 +318,6 @@ def _inspect(model, loss, state, batch, restart):
     return is_finite, log_norms(jnp.concatenate(flat, axis=1))
 
 
-def _flow_record(step: int, flow: Flow, clip_fraction: float) -> dict[str, Any]:
-    layers = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64).tolist(), flow.layers)
-    return {
-        "kind": "flow",
-        "step": step,
-        "layers": [layer._asdict() for layer in layers],
-        "clip_fraction": clip_fraction,
-    }
-
-
 @dataclasses.dataclass
 class _Standing:
     """Where the loop stands beside the arrays; plain values, kept in every checkpoint."""
@@ -361,7 +359,7 @@ class _Run:
             self.standing.window.append([float(metrics.loss), float(metrics.grad_norm), float(metrics.clipped)])
             self.standing.num_clipped += int(metrics.clipped)
             if step in flows:
-                self.write(_flow_record(step, flows[step], self.standing.num_clipped / step))
+                self.write(flow_record(step, flows[step], clip_fraction=self.standing.num_clipped / step))
         return None
 
     def train_record(self, step: int) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from rnngrad.retention import half_life
 from rnngrad.training.model import LayerTaps, Model, ModelParams, zero_taps
@@ -44,7 +45,7 @@ class LayerFlow(NamedTuple):
     direct_share: Float[Array, ""]
     """In [0, 1]; NaN when no gradient goes back at all."""
     gate_share: dict[str, Float[Array, ""]]
-    """By pre-activation, in [0, 1]; NaN when no gradient reaches any."""
+    """By pre-activation, in [0, 1]; NaN when no gradient reaches any; empty for a layer without pre-activations."""
 
 
 class Flow(NamedTuple):
@@ -129,8 +130,22 @@ def _mean(values: Array, is_in: Array) -> Array:
     return total / jnp.sum(is_in).astype(values.dtype)
 
 
-def _layer_flow(cotangents: LayerTaps, ends: Array) -> LayerFlow:
-    """``ends``: (B,), the index k of the state that the loss reads; 0 where no step counts."""
+def layer_flow(cotangents: LayerTaps, ends: Int[Array, " B"]) -> LayerFlow:
+    """Returns the gradient flow of one layer from what passed its taps.
+
+    Args:
+      cotangents: ∂L/∂taps of the layer, with a batch axis.
+      ends: index k of the last state that the loss reads, of every sequence; 0 where there is none.
+
+    >>> import jax
+    >>> import rnngrad as rg
+    >>> from rnngrad.training.monitor import layer_flow
+    >>> taps = jax.tree.map(
+    ...     jax.numpy.ones_like, rg.training.zero_taps(rg.training.model([rg.cells.gru(3, 5)], 2), 7, (4,))
+    ... )
+    >>> layer_flow(taps[0], jax.numpy.full(4, 7)).log_retention.shape
+    (8,)
+    """
     logs = log_norms(total_cotangents(cotangents))  # (T + 1, B)
     num_states, _ = logs.shape
     lags = jnp.arange(num_states)
@@ -150,7 +165,7 @@ def _layer_flow(cotangents: LayerTaps, ends: Array) -> LayerFlow:
 
     names = leaf_names(cotangents.steps.z)
     squares = [2 * log_norms(leaf.reshape(-1)) for leaf in jax.tree.leaves(cotangents.steps.z)]
-    whole = jax.nn.logsumexp(jnp.stack(squares))
+    whole = jax.nn.logsumexp(jnp.stack(squares)) if squares else jnp.array(jnp.nan)
     return LayerFlow(
         log_retention=log_retention,
         decay_rate=rate,
@@ -171,7 +186,7 @@ def _gradient_flow(model, params, state, batch, loss, max_sequences):
     is_end = jnp.expand_dims(jnp.arange(1, num_steps + 1), 1) == jnp.expand_dims(ends, 0)
     batch = batch._replace(mask=is_end.astype(batch.mask.dtype))
     cotangents, _ = tap_cotangents(model, params, state, batch, loss)
-    return Flow(tuple(_layer_flow(layer, ends) for layer in cotangents))
+    return Flow(tuple(layer_flow(layer, ends) for layer in cotangents))
 
 
 def gradient_flow(
@@ -204,3 +219,27 @@ def gradient_flow(
     if jnp.ndim(batch.mask) != 2:
         raise ValueError(f"mask: expected shape (T, B), found {jnp.shape(batch.mask)}")
     return _gradient_flow(model, params, state, batch, loss, max_sequences)
+
+
+def flow_record(step: int, flow: Flow, *, clip_fraction: float) -> dict[str, Any]:
+    """Returns the record of a measurement, plain Python values, as logs take it.
+
+    Args:
+      step: updates done.
+      flow: the measurement.
+      clip_fraction: share of all updates so far that the optimizer clipped; NaN where nobody counts.
+
+    >>> import jax.numpy as jnp
+    >>> from rnngrad.training.monitor import Flow, LayerFlow, flow_record
+    >>> layer = LayerFlow(jnp.zeros(3), jnp.zeros(()), jnp.ones(()), jnp.ones(()), {"f": jnp.ones(())})
+    >>> record = flow_record(100, Flow((layer,)), clip_fraction=0.0)
+    >>> list(record), record["layers"][0]["gate_share"]
+    (['kind', 'step', 'layers', 'clip_fraction'], {'f': 1.0})
+    """
+    layers = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64).tolist(), flow.layers)
+    return {
+        "kind": "flow",
+        "step": step,
+        "layers": [layer._asdict() for layer in layers],
+        "clip_fraction": clip_fraction,
+    }
