@@ -20,6 +20,7 @@ from experiments import command, results
 Name = Literal[
     "chain_against_alternatives",
     "chain_against_matmul",
+    "first_diagnosis",
     "million_steps",
     "monitor_overhead",
     "parallel_in_time",

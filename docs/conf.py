@@ -65,7 +65,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!rnngrad\b|rg\b).*"),
     # types that signatures name but nobody imports have no entry on the page of public names
-    (r"py:class", r"rnngrad\.(types|jacobians|init_report|tasks\.\w+|training\.\w+)\.\w+"),
+    (r"py:class", r"rnngrad\.(types|jacobians|init_report|tasks\.\w+|training\.\w+|diagnose\.result|interop\.\w+)\.\w+"),
 ]
 nitpick_ignore = [("py:mod", "rnngrad.orthonormal"), ("py:func", "rnngrad.lyapunov.lyapunov_spectrum")]
 

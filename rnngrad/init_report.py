@@ -120,16 +120,31 @@ class InitReport(NamedTuple):
     num_steps: int
     layers: tuple[LayerReport, ...]
 
+    def tables(self) -> list[Table]:
+        """Returns the report as tables, two per layer: quantities, then recurrent blocks."""
+        return [table for layer in self.layers for table in _tables(layer, self.num_steps)]
+
     def table(self) -> str:
-        """Returns the report as Markdown tables, one pair per layer: quantities, then recurrent blocks."""
-        return "\n\n".join(_table(layer, self.num_steps) for layer in self.layers) + "\n"
+        """Returns the same as Markdown."""
+        return "\n\n".join(map(markdown, self.tables())) + "\n"
+
+
+Table = list[tuple[str, ...]]
+"""Rows of texts, the first one its header."""
+
+
+def markdown(table: Table) -> str:
+    """Returns a table as Markdown."""
+    header, *rows = table
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
 def _number(value: float) -> str:
     return "–" if math.isnan(value) else "∞" if value == math.inf else f"{value:.4g}"
 
 
-def _table(layer: LayerReport, num_steps: int) -> str:
+def _tables(layer: LayerReport, num_steps: int) -> list[Table]:
     def lag(value: float) -> str:
         return f"> {num_steps}" if value == math.inf else _number(value)
 
@@ -146,12 +161,11 @@ def _table(layer: LayerReport, num_steps: int) -> str:
         ("bound on that rate", "", _number(layer.bound)),
     ]
     title = f"{layer.layer}: {layer.cell}" if layer.layer else layer.cell
-    lines = [f"| {title}, {layer.memory} | measured | predicted |", "|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
+    tables: list[Table] = [[(f"{title}, {layer.memory}", "measured", "predicted"), *rows]]
     if layer.blocks:
-        lines += ["", "| gate | σ largest | σ median | σ smallest | spectral radius |", "|---|---|---|---|---|"]
-        lines += [f"| {block.gate} | {' | '.join(map(_number, block[1:]))} |" for block in layer.blocks]
-    return "\n".join(lines)
+        header = ("gate", "σ largest", "σ median", "σ smallest", "spectral radius")
+        tables.append([header, *((block.gate, *map(_number, block[1:])) for block in layer.blocks)])
+    return tables
 
 
 # --- layers of a cell ------------------------------------------------------------------------------------------------

@@ -124,14 +124,20 @@ def test_readme_shows_the_numbers_of_the_stored_result():
     assert stored.attrs["command"] in readme
 
 
-def test_readme_example_runs(capsys):
+def test_readme_example_runs(capsys, tmp_path, monkeypatch):
     """The blocks of code in the README, as a reader would paste them one after the other."""
+    monkeypatch.chdir(tmp_path)  # a log is written
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     names = {}
     for code in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL):
         exec(compile(code, "README.md", "exec"), names)
+    names["watch"].close()
     assert names["flow"].direct.c.shape == (1000, 128)
-    nats, death, certificate, rate = capsys.readouterr().out.splitlines()
+    diagnosis, numbers = capsys.readouterr().out.rsplit("state kept in float32.\n\n", 1)
+    (quoted,) = re.findall(r"```text\n(.*?)```", readme, flags=re.DOTALL)
+    assert " ".join(quoted.split()) in diagnosis
+    assert [record["step"] for record in rg.training.read_jsonl(tmp_path / "flow.jsonl")] == [1, 100, 200]
+    nats, death, certificate, rate = numbers.splitlines()
     assert float(nats.split()[0]) > float(nats.split()[1])  # the true chain is larger than the direct path
     assert int(death) > 0
     assert certificate.startswith("Certificate(dtype='float32'")

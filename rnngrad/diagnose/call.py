@@ -218,11 +218,12 @@ def _measure_pass(
     layers = []
     for layer, found in curves.items():
         flow, shares = _gate_shares(one, layer.name, flows)
+        name, of_init = _joined(one.name, layer.name), reports.get(layer.name)
         full = np.median(found.full, axis=0)
         direct = np.full_like(full, np.nan) if found.direct is None else np.median(found.direct, axis=0)
         layers.append(
             LayerDiagnosis(
-                name=_joined(one.name, layer.name),
+                name=name,
                 pass_name=one.name,
                 cell=layer.cell,
                 memory=layer.memory or "the whole state",
@@ -238,7 +239,7 @@ def _measure_pass(
                 loss_gradient=np.asarray(flow.log_retention, np.float64),
                 saturation=_within(layer.name, saturation),
                 constant_units=_constant_units(layer.memory, states),
-                init=reports.get(layer.name),
+                init=None if of_init is None else of_init._replace(layer=name),
             )
         )
     return _Measured(tuple(layers), exponents, lost, precision, nonfinite_step)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rnngrad.init_report import InitReport, LayerReport
+from rnngrad.init_report import InitReport, LayerReport, Table, markdown
 from rnngrad.retention import Certificate
 
 
@@ -229,15 +229,9 @@ def _gates(layer: LayerDiagnosis) -> list[str]:
     return list(dict.fromkeys([*layer.curves.only, *layer.saturation, *layer.gate_share]))
 
 
-def _rows(table: list[tuple[str, ...]]) -> str:
-    header, *rows = table
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
-
-
-def _tables(diagnosis: Diagnosis) -> list[list[tuple[str, ...]]]:
+def _tables(diagnosis: Diagnosis) -> list[Table]:
     """Returns every table as rows of texts, the first one its header."""
-    found: list[list[tuple[str, ...]]] = [
+    found: list[Table] = [
         [
             ("layer, memory", "half-life", "10⁻² at lag", "direct path: half-life", "10⁻² at lag", "constant units"),
             *(
@@ -281,21 +275,18 @@ def _tables(diagnosis: Diagnosis) -> list[list[tuple[str, ...]]]:
             f"without it (full: {whole})",
         )
         found.append([header, *rows])
-    exponents: list[tuple[str, ...]] = [("pass", "leading exponents, nats per step")]
+    exponents: Table = [("pass", "leading exponents, nats per step")]
     for name, spectrum in diagnosis.exponents.items():
         pairs = zip(spectrum.exponents, spectrum.stderr, spectrum.resolved, strict=True)
         listed = ", ".join(f"{e:.3g} ± {s:.2g}{'' if ok else ' (not resolved)'}" for e, s, ok in pairs)
         exponents.append((name or diagnosis.source, listed or f"none: {spectrum.missing}"))
-    found.append(exponents)
-    return found
+    reports = tuple(layer.init for layer in diagnosis.layers if layer.init is not None)
+    return [*found, exponents, *InitReport(diagnosis.num_steps, reports).tables()]
 
 
 def _sections(diagnosis: Diagnosis) -> list[str]:
-    reports = tuple(layer.init for layer in diagnosis.layers if layer.init is not None)
-    parts = [_title(diagnosis), "\n".join(_finding_lines(diagnosis)), *map(_rows, _tables(diagnosis))]
-    if reports:
-        parts.append(InitReport(diagnosis.num_steps, reports).table().rstrip())
-    return [*parts, _made_with(diagnosis)]
+    findings = "\n".join(_finding_lines(diagnosis))
+    return [_title(diagnosis), findings, *map(markdown, _tables(diagnosis)), _made_with(diagnosis)]
 
 
 def _title(diagnosis: Diagnosis) -> str:
@@ -430,7 +421,7 @@ def _draw_shares(axis: Any, layer: LayerDiagnosis) -> None:
 # --- HTML ------------------------------------------------------------------------------------------------------------
 
 
-def _html_table(table: list[tuple[str, ...]]) -> str:
+def _html_table(table: Table) -> str:
     header, *rows = table
     cells = lambda tag, row: "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row)
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
