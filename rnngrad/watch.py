@@ -42,7 +42,7 @@ from rnngrad.interop.adapted import Adapted, LayerParams, Pass, apart, run, star
 from rnngrad.training.logs import Log
 from rnngrad.training.model import LayerTaps
 from rnngrad.training.monitor import Flow, LayerFlow, Monitor, flow_record, layer_flow, log_norms, total_cotangents
-from rnngrad.types import check_finite, leaf_names
+from rnngrad.types import check_finite, describe, leaf_names
 from rnngrad.unroll import Taps
 
 OutputLoss = Callable[[Array], Array]
@@ -94,7 +94,12 @@ def _measure(adapted: Adapted, loss: OutputLoss | None, params: LayerParams, xs:
     def of_taps(taps: Any) -> tuple[Array, Array]:
         one_sequence = lambda taps, xs: run(adapted, params, xs, taps=taps)[0]
         outputs = jax.vmap(one_sequence, in_axes=1, out_axes=1)(taps, xs)
-        return (_projection(adapted, params, outputs) if loss is None else loss(outputs)), outputs
+        value = _projection(adapted, params, outputs) if loss is None else loss(outputs)
+        if jnp.shape(value) != ():
+            raise ValueError(
+                f"loss: expected a scalar of the outputs, {describe(outputs)}, found shape {jnp.shape(value)}"
+            )
+        return value, outputs
 
     # what a cell without a split hears may be integers
     cotangents, outputs = jax.grad(of_taps, has_aux=True, allow_int=True)(_zero_taps(adapted, params, xs))

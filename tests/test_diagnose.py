@@ -22,7 +22,7 @@ from rnngrad.diagnose import curves as curves_module
 from rnngrad.diagnose.checks import rail_distance
 from rnngrad.diagnose.curves import Work, choose
 from rnngrad.diagnose.findings import findings_of
-from rnngrad.diagnose.result import crossing
+from rnngrad.diagnose.result import LostDerivative, Precision, crossing
 from rnngrad.theory import forget_bias_for
 
 NUM_STEPS, BATCH_SIZE, INPUT_SIZE, HIDDEN_SIZE = 40, 3, 3, 8
@@ -310,6 +310,173 @@ def test_findings_follow_the_numbers():
     layers = (report.layers[0], report.layers[1]._replace(saturation=stuck))
     found = findings_of(report._replace(layers=layers))
     assert [finding.layer for finding in found if finding.code == "gates_saturated"] == ["layer_1"]
+
+
+def _changed(**fields):
+    """The report of the stack with its upper layer changed, found anew."""
+    _, _, report = _default()
+    lower = report.layers[0]._replace(horizon=math.inf)
+    upper = report.layers[1]._replace(**({"horizon": math.inf} | fields))
+    report = report._replace(layers=(lower, upper))
+    return report, lambda report: {finding.code: finding for finding in findings_of(report)}
+
+
+RAILS = {"low": 0.0, "high": 0.0, "mean": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("code", "below", "above"),
+    [
+        ("dead_units", {"constant_units": 0.1}, {"constant_units": 0.11}),
+        ("gates_saturated", {"saturation": RAILS | {"low": 0.2, "high": 0.3}}, {"saturation": RAILS | {"low": 0.51}}),
+        ("fades", {"horizon": float(NUM_STEPS)}, {"horizon": NUM_STEPS - 0.5}),
+        ("no_loss_gradient", {"loss_gradient": np.zeros(3)}, {"loss_gradient": np.full(3, np.nan)}),
+    ],
+)
+def test_thresholds_of_a_layer(code, below, above):
+    for fields, expected in ((below, False), (above, True)):
+        if "saturation" in fields:
+            rails = _default()[2].layers[1].saturation["o"]._replace(**fields["saturation"])
+            fields = {"saturation": {"o": rails}}
+        report, codes = _changed(**fields)
+        assert (code in codes(report)) == expected
+
+
+@pytest.mark.parametrize(("nats", "expected"), [(math.log(99), False), (math.log(101), True)])
+def test_threshold_of_growth(nats, expected):
+    curves = _default()[2].layers[1].curves
+    report, codes = _changed(curves=curves._replace(full=np.linspace(0, nats, NUM_STEPS + 1)[None]))
+    assert ("explodes" in codes(report)) == expected
+
+
+@pytest.mark.parametrize(("kept", "code"), [(0.11, "fades"), (0.09, "forget_gates_closed")])
+def test_threshold_of_closed_gates(kept, code):
+    init = _default()[2].layers[1].init
+    report, codes = _changed(horizon=3.0, init=init._replace(kept=init.kept._replace(mean=kept)))
+    assert code in codes(report)
+
+
+def test_dead_units_need_enough_steps():
+    report, codes = _changed(constant_units=1.0)
+    assert "dead_units" not in codes(report._replace(num_steps=3, num_sequences=5))
+    assert "dead_units" in codes(report._replace(num_steps=4, num_sequences=4))
+
+
+@pytest.mark.parametrize(("distance", "expected"), [(0.009, False), (0.011, True), (math.inf, True), (math.nan, True)])
+def test_threshold_of_rounding(distance, expected):
+    report, codes = _changed()
+    report = report._replace(precision={"": Precision("bfloat16", ("c",), distance)})
+    assert ("low_precision" in codes(report)) == expected
+    if expected:
+        words = {math.inf: "overflows", 0.011: "1.1 % away"}.get(distance, "could not be measured")
+        assert words in codes(report)["low_precision"].text
+    assert "low_precision" not in codes(report._replace(precision={"": Precision("float32", (), math.nan)}))
+
+
+@pytest.mark.parametrize(
+    ("derivative", "code", "other"), [(0.91, "surrogate", "detached_state"), (0.89, "detached_state", "surrogate")]
+)
+def test_threshold_of_a_lost_derivative(derivative, code, other):
+    report, codes = _changed(horizon=5.0)
+    found = codes(report._replace(lost={"": (LostDerivative("c", "h", 1.0, derivative),)}))
+    assert code in found
+    assert other not in found
+    assert ("detached_state" in found["fades"].remedy) == (code == "detached_state")
+
+
+def test_a_long_memory_on_a_short_run_is_not_saturated():
+    rails = _default()[2].layers[1].saturation["f"]
+    stuck = {"f": rails._replace(low=0.0, high=0.9), "i": rails._replace(low=0.9, high=0.0)}
+    report, codes = _changed(saturation=stuck)
+    assert "gates_saturated" not in codes(report)
+    report, codes = _changed(saturation=stuck, horizon=5.0)
+    assert set(codes(report)["gates_saturated"].evidence) == {"share_f", "share_i"}
+    report, codes = _changed(saturation={"f": rails._replace(low=0.9, high=0.0)})
+    assert "gates_saturated" in codes(report)
+
+
+def test_notes():
+    curves = _default()[2].layers[1].curves
+    line = lambda slope: slope * np.arange(NUM_STEPS + 1.0)[None]
+    report, codes = _changed(curves=curves._replace(full=line(-3.0), direct=line(-4.0)))
+    found = codes(report)
+    assert found["product_of_gates"].evidence == {"lag": NUM_STEPS, "log_ratio": NUM_STEPS}
+    # float32 keeps down to exp(−87.3) on a CPU: three nats per step reach it at step 30
+    assert found["float32_underflow"].evidence == {"lag": 30}
+    cut = np.where(np.arange(NUM_STEPS + 1) > 4, -np.inf, 0.0)[None]
+    report, codes = _changed(curves=curves._replace(full=cut))
+    assert "float32_underflow" not in codes(report)
+    report, codes = _changed(has_split=False)
+    assert "no_split" in codes(report)
+
+
+def test_remedies_fit_the_cell():
+    report, codes = _changed(horizon=5.0)
+    assert "forget bias" in codes(report)["fades"].remedy
+    layer = report.layers[1]
+    high = layer.init._replace(forget_bias=layer.init.forget_bias._replace(mean=9.0))
+    report, codes = _changed(horizon=5.0, direct_horizon=6.0, init=high)
+    assert "high enough" in codes(report)["fades"].remedy
+    report, codes = _changed(horizon=5.0, direct_horizon=math.inf)
+    assert "cancel" in codes(report)["fades"].remedy
+    # a share that is not the gate itself, as f/(f + i)
+    report, codes = _changed(horizon=5.0, saturation={})
+    assert "a kept share of 0.89" in codes(report)["fades"].remedy
+    report, codes = _changed(horizon=5.0, constant_units=0.5)
+    assert codes(report)["fades"].remedy == "first see dead_units"
+
+
+def _step(gates_of=lambda params, h, x: params @ h + x):
+    return gates_of, lambda params, h, x: jnp.tanh(gates_of(params, h, x))
+
+
+def test_a_derivative_that_is_not_a_number_is_told():
+    gates, tanh = _step()
+    at_zero = lambda params, h, x: 0.95 * h + 0.05 * tanh(params, h, x) / (1 + jnp.linalg.norm(h))
+    options = {"state": jnp.zeros(3), "gates": gates, "progress": False}
+    report = rg.diagnose(at_zero, 0.5 * jnp.eye(3), _xs(num_steps=12), **options)
+    assert _codes(report) == {"non_finite_gradient"}
+    assert report.layers[0].curves.full.shape == (BATCH_SIZE, 13)
+    assert np.isnan(report.layers[0].curves.full[:, 12]).all()
+    report.table()
+
+
+def test_a_straight_through_estimator_is_a_note():
+    rounded = lambda x: x - jax.lax.stop_gradient(x) + jax.lax.stop_gradient(jnp.round(x))
+    step = lambda params, h, x: rounded(params @ h + x)
+    report = rg.diagnose(step, 0.9 * jnp.eye(3), _xs(num_steps=12), state=jnp.zeros(3))
+    assert "surrogate" in {finding.code for finding in report.findings}
+    assert "detached_state" not in _codes(report)
+    json.loads(report.to_json(), parse_constant=pytest.fail)
+
+
+def test_one_detached_unit_of_eight_is_found():
+    cell, params = _lstm(forget_bias=CHRONO)
+
+    def cut(params, z, state):
+        c = state.c.at[2].set(jax.lax.stop_gradient(state.c[2]))
+        return cell.update(params, z, state._replace(c=c))
+
+    assert "detached_state" in _codes(rg.diagnose(cell._replace(update=cut), params, _xs()))
+
+
+def test_weights_that_a_step_closes_over_cost_as_well():
+    weights = jnp.eye(3)
+    step = lambda params, h, x: jnp.tanh(weights @ h + x)
+    report = rg.diagnose(step, {}, _xs(num_steps=6), state=jnp.zeros(3), method="probes", num_probes=4)
+    assert "4 random rows" in report.method
+
+
+def test_a_loss_sees_the_whole_batch_and_must_be_a_scalar():
+    cell, params = _lstm()
+    targets = jnp.arange(NUM_STEPS * BATCH_SIZE, dtype="float32").reshape(NUM_STEPS, BATCH_SIZE)
+    loss = lambda outputs: jnp.mean(jnp.square(outputs.sum(-1) - targets))
+    report = rg.diagnose(cell, params, _xs(), loss, max_sequences=1)
+    assert report.num_sequences == 1
+    whole = rg.watch(cell, _xs(), loss=loss)(1, params)
+    assert report.layers[0].gate_share["f"] == pytest.approx(float(whole.layers[0].gate_share["f"]), rel=1e-5)
+    with pytest.raises(ValueError, match=r"loss: expected a scalar .* float32\[40, 3, 8\], found shape \(3"):
+        rg.diagnose(cell, params, _xs(), lambda outputs: outputs[-1])
 
 
 # --- what a person sees ------------------------------------------------------------------------------------------

@@ -157,7 +157,11 @@ def _work(heard: Heard) -> list[Work]:
     one, params, xs = heard
     layout = layout_of(one.cell.init_state())
     gates = leaf_names(jax.eval_shape(one.cell.preactivate, params, one.cell.init_state(), xs[0, 0]))
-    num_weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+    # weights that a step closes over are constants of its program
+    state = one.cell.init_state()
+    program = jax.make_jaxpr(lambda params, state, x: one.cell.step(params, state, x)[0])(params, state, xs[0, 0])
+    weights = [*jax.tree.leaves(params), *program.consts]
+    num_weights = max(sum(layout.sizes), sum(jnp.size(leaf) for leaf in weights))
     found = []
     for layer in _layers(one):
         num_gates = len(_within(layer.name, dict.fromkeys(gates)))
@@ -319,14 +323,14 @@ def diagnose(
       params: its weights; None for a module that holds them.
       xs: inputs, time-major: (T, B, D), or (T, D) for one sequence.
       loss: maps the outputs of every step, (T, B, N), as the last recurrent layer gives them, to a scalar; None for a
-        random read-out of the last step.  Only the shares by gate depend on it.
+        random read-out of the last step.  Only the shares by gate depend on it.  It sees the whole batch.
       state: the state of one sequence before the first step, for a step function; others have theirs.
       gates: for a step function, the function ``gates(params, state, x)`` in it that computes the pre-activations, so
         that direct and gated paths can be told apart.
       time_axis: 1 when xs are (B, T, D), as Flax modules take them by default.
       method: ``"exact"``, ``"probes"``, or ``"auto"``, which chooses by cost.
       num_probes: random rows of an estimate.
-      max_sequences: the first ones of the batch are measured.
+      max_sequences: of the batch, the first ones are measured.
       key: of random rows and directions; the same one every time by default.
       progress: show a bar when it takes longer than two seconds and somebody looks (needs rich).
 
@@ -348,9 +352,10 @@ def diagnose(
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, found {value}")
     key = jax.random.key(0) if key is None else key
-    inputs = time_major(xs, time_axis)[:, :max_sequences]
+    whole = time_major(xs, time_axis)
+    inputs = whole[:, :max_sequences]
     adapted = as_passes(model, params, state, inputs, gates)
-    check_finite(adapted.params, (), inputs)
+    check_finite(adapted.params, (), whole)
     num_steps, num_sequences, num_features = inputs.shape
     for one in adapted.layers[0]:
         if one.cell.input_size not in (None, num_features):
@@ -362,14 +367,17 @@ def diagnose(
     wide = widened(adapted, inputs)
     if wide is not None:
         adapted, inputs = wide
+        whole = whole.astype(inputs.dtype)
     heard = given if wide is None else hear(adapted, inputs)
     work = [of_layer for one in heard for of_layer in _work(one)]
     plan = choose(work, num_steps, num_sequences, method, num_probes)
 
     with _progress(1 + 4 * len(heard) + len(work), progress) as advance:
         advance("gradient of the loss")
-        # the weights are converted already
-        watched = watch(adapted._replace(convert=lambda own: own), inputs, loss=loss, max_sequences=max_sequences)
+        # a loss of the user's has targets for the whole batch; the weights are converted already
+        measured_on = inputs if loss is None else whole
+        own = adapted._replace(convert=lambda weights: weights)
+        watched = watch(own, measured_on, loss=loss, max_sequences=measured_on.shape[1])
         flow = watched(1, adapted.params)
         assert flow is not None
         flows = dict(zip(watched.names, flow.layers, strict=True))
@@ -380,6 +388,7 @@ def diagnose(
         ]
 
     names = [one.name for one in adapted.passes]
+    broken = [found.nonfinite_step for found in passes]
     diagnosis = Diagnosis(
         source=adapted.source,
         num_steps=num_steps,
@@ -389,7 +398,7 @@ def diagnose(
         exponents=dict(zip(names, [found.exponents for found in passes], strict=True)),
         lost=dict(zip(names, [found.lost for found in passes], strict=True)),
         precision=dict(zip(names, [found.precision for found in passes], strict=True)),
-        nonfinite_step=max(found.nonfinite_step for found in passes),
+        nonfinite_step=min((step for step in broken if step >= 0), default=-1),
         input_rms=float(np.sqrt(np.mean(np.square(np.asarray(inputs, np.float64))))),
         certificate=certificate(real_dtype(heard[0].one.cell.init_state())),
         findings=(),

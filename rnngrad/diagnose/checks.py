@@ -24,6 +24,8 @@ from rnngrad.types import Params, State, Trajectory, leaf_names
 from rnngrad.unroll import unroll
 
 LOW_PRECISION = ("bfloat16", "float16")
+NUM_DIRECTIONS = 8
+"""Along which the derivative is compared: one may miss the units where it is lost."""
 
 
 class Heard(NamedTuple):
@@ -92,21 +94,19 @@ def saturation_of(one: Pass, params: Params, state: State, xs: Array, gates: Any
 
 
 @functools.partial(jax.jit, static_argnames=("one",))
-def _differences(
-    one: Pass, params: Params, state: State, x: Array, key: Key[Array, ""]
-) -> tuple[Array, Array, Array, Array]:
+def _differences(one: Pass, params: Params, state: State, x: Array, key: Key[Array, ""]) -> tuple[Array, ...]:
     """Returns ‖∂s'_a/∂s_b v‖ by central differences and by the derivative, their distance, and the noise of the first.
 
-    One row for each field b that is moved along a random unit vector, one column for each field a that answers.
+    Each (directions, fields b, fields a): b is moved along a random unit vector, a answers.
     """
     leaves, treedef = jax.tree.flatten(state)
     step = lambda leaves: jax.tree.leaves(one.cell.step(params, jax.tree.unflatten(treedef, leaves), x)[0])
     norm = lambda leaf: jnp.sqrt(jnp.sum(jnp.square(jnp.abs(leaf))))
 
-    def along(index):
+    def along(key, index):
         leaf = leaves[index]
         real = jnp.finfo(leaf.dtype)
-        direction = jax.random.normal(jax.random.fold_in(key, index), leaf.shape, real.dtype).astype(leaf.dtype)
+        direction = jax.random.normal(key, leaf.shape, real.dtype).astype(leaf.dtype)
         direction = direction / norm(direction).astype(leaf.dtype)
         # the cube root balances the rounding of the difference against its curvature
         size = (real.eps ** (1 / 3) * (1 + norm(leaf))).astype(real.dtype)
@@ -115,18 +115,18 @@ def _differences(
         _, by_rule = jax.jvp(step, (leaves,), (only(direction, [jnp.zeros_like(other) for other in leaves]),))
         up, down = step(only(leaf + moved, leaves)), step(only(leaf - moved, leaves))
         by_difference = [(a - b) / (2 * size).astype(a.dtype) for a, b in zip(up, down, strict=True)]
-        return tuple(
-            jnp.stack(column)
-            for column in (
-                [norm(d) for d in by_difference],
-                [norm(d) for d in by_rule],
-                [norm(d - e) for d, e in zip(by_difference, by_rule, strict=True)],
-                [real.eps * (1 + norm(a)) / size for a in up],
-            )
+        return (
+            jnp.stack([norm(d) for d in by_difference]),
+            jnp.stack([norm(d) for d in by_rule]),
+            jnp.stack([norm(d - e) for d, e in zip(by_difference, by_rule, strict=True)]),
+            jnp.stack([real.eps * (1 + norm(a)) / size for a in up]),
         )
 
-    differences, derivatives, distances, noises = zip(*map(along, range(len(leaves))), strict=True)
-    return jnp.stack(differences), jnp.stack(derivatives), jnp.stack(distances), jnp.stack(noises)
+    def along_each(key):
+        found = [along(jax.random.fold_in(key, index), index) for index in range(len(leaves))]
+        return tuple(jnp.stack(part) for part in zip(*found, strict=True))
+
+    return jax.vmap(along_each)(jax.random.split(key, NUM_DIRECTIONS))
 
 
 def lost_derivative(
@@ -134,28 +134,26 @@ def lost_derivative(
 ) -> tuple[LostDerivative, ...]:
     """Returns where the derivative that training sees is not that of the function, at three steps of one sequence.
 
-    A block counts when at every one of them the distance is above a tenth of the difference and above its noise.
+    A block counts when along one of the directions, and at every one of the steps, the distance is above a tenth of the
+    difference and above its noise.  What is returned is the direction with the largest share lost.
     """
     num_steps = xs.shape[0]
     at = sorted({num_steps // 3, num_steps // 2, num_steps - 2}) if num_steps > 3 else [num_steps - 1]
     found = []
     for t in at:
         state = jax.tree.map(lambda leaf, t=t: np.asarray(leaf)[max(t - 1, 0), 0], states)
-        found.append(
-            [np.asarray(part, np.float64) for part in _differences(one, params, state, np.asarray(xs)[t, 0], key)]
-        )
+        parts = _differences(one, params, state, np.asarray(xs)[t, 0], key)
+        found.append([np.asarray(part, np.float64) for part in parts])
     differences, derivatives, distances, noises = (np.stack(parts) for parts in zip(*found, strict=True))
     is_lost = np.all(distances > np.maximum(0.1 * differences, 30 * noises), axis=0)
+    share = np.where(is_lost, np.median(distances / np.maximum(differences, noises), axis=0), -1.0)
     names = leaf_names(jax.tree.map(lambda leaf: leaf[0, 0], states))
-    return tuple(
-        LostDerivative(
-            of=names[a],
-            wrt=names[b],
-            difference=float(np.median(differences[:, b, a])),
-            derivative=float(np.median(derivatives[:, b, a])),
-        )
-        for b, a in np.argwhere(is_lost)
-    )
+    blocks = []
+    for b, a in np.argwhere(is_lost.any(axis=0)):
+        worst = int(np.argmax(share[:, b, a]))
+        norms = (float(np.median(norm[:, worst, b, a])) for norm in (differences, derivatives))
+        blocks.append(LostDerivative(names[a], names[b], *norms))
+    return tuple(blocks)
 
 
 def _float32(tree: Any) -> Any:
@@ -216,6 +214,8 @@ def precision_of(given: Heard, states: State | None) -> Precision:
         tuple(np.asarray(leaf[-1], np.float64) for leaf in pair)
         for pair in zip(jax.tree.leaves(own), jax.tree.leaves(states), strict=True)
     ]
+    if not all(np.isfinite(own).all() for own, _ in ends):
+        return Precision(dtypes, rounded, math.inf)
     tiny = np.finfo(np.float64).tiny
     far = [float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), tiny) for a, b in ends]
     return Precision(dtypes, rounded, max(far))

@@ -4,9 +4,13 @@ Warnings, when they are given, and why there:
 
 ``non_finite``
     A state is NaN or inf.  Nothing behind it means anything.
+``non_finite_gradient``
+    The states are finite and their derivative is not: a square root or a norm at 0, say.  Training ends there.
+``no_loss_gradient``
+    Nothing of the loss's gradient reaches the layer, or it is not finite.
 ``detached_state``
-    The derivative of the step misses more than half of what the state does to its successor.  ``stop_gradient`` loses
-    all of it, rounding in float32 some 10⁻⁴.
+    The derivative of the step misses more than a tenth of what the state does to its successor, along one of eight
+    directions at three steps.  ``stop_gradient`` loses all of it, rounding in float32 some 10⁻⁴.
 ``explodes``
     The median retention is above 10² at some lag: the horizon's level, upwards.
 ``fades``
@@ -16,7 +20,8 @@ Warnings, when they are given, and why there:
     The same, where the share kept averages below 0.1: 10⁻² is then left for two steps.
 ``gates_saturated``
     More than half of the units and steps of a gate lie at its rails, where it lets less than a tenth of a gradient
-    through over the whole run (``diagnose.checks.rail_distance``).
+    through over the whole run (``diagnose.checks.rail_distance``).  Open forget gates and closed input gates do not
+    count where the gradient does cross the run: that is what a long memory looks like.
 ``dead_units``
     More than a tenth of the units never change, over at least 16 steps and sequences; a random relu unit would be off
     in 16 independent steps once in 2¹⁶.
@@ -36,7 +41,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rnngrad.diagnose.result import Diagnosis, Finding, LayerDiagnosis, number
+from rnngrad.diagnose.result import Diagnosis, Finding, LayerDiagnosis, LostDerivative, number
+from rnngrad.init_report import FORGET_GATES
 from rnngrad.theory import forget_bias_for
 
 LEVEL = math.log(100)
@@ -46,7 +52,7 @@ SATURATED = 0.5
 DEAD = 0.1
 LEAST_SEEN = 16
 ROUNDING = 1e-2
-LOST = 0.5
+LOST = 0.1
 LARGE_INPUT = 5.0
 """Standardised inputs have 1."""
 DIRECT_DIFFERS = math.log(10)
@@ -61,15 +67,40 @@ def _steps(lag: float) -> str:
     return f"{lag:.3g} steps" if lag >= 10 else f"{lag:.2f} steps"
 
 
-def _longer(layer: LayerDiagnosis, num_steps: int) -> str:
+def _stuck(diagnosis: Diagnosis, layer: LayerDiagnosis) -> dict[str, float]:
+    """The gates that are saturated in more than half of all units and steps, with their shares."""
+    is_long = layer.horizon >= diagnosis.num_steps
+    found = {}
+    for gate, rails in layer.saturation.items():
+        low = 0.0 if is_long and gate == "i" else rails.low
+        high = 0.0 if is_long and gate in FORGET_GATES else rails.high
+        if low + high > SATURATED:
+            found[gate] = low + high
+    return found
+
+
+def _gate_that_keeps(layer: LayerDiagnosis) -> str:
+    """The name of the gate that is itself the share kept; empty where the share is made of several, as f/(f + i)."""
+    if layer.init is None or layer.init.forget_gate not in layer.saturation:
+        return ""
+    gate = layer.init.forget_gate
+    # means over one sequence and over all
+    return gate if abs(layer.saturation[gate].mean - layer.init.kept.mean) < 0.05 else ""
+
+
+def _longer(diagnosis: Diagnosis, layer: LayerDiagnosis) -> str:
     """What would keep 10⁻² over the whole run."""
-    report = layer.init
+    report, num_steps = layer.init, diagnosis.num_steps
+    if _stuck(diagnosis, layer):
+        return "first see gates_saturated"
+    if layer.constant_units > DEAD:
+        return "first see dead_units"
     if not layer.has_split:
         return (
             "name the function that computes the gates (gates=) to learn which path fades; orthogonal recurrent "
             "weights, or a gate that stays open, carry further"
         )
-    if report is not None and report.forget_gate:
+    if report is not None and _gate_that_keeps(layer):
         bias, now = forget_bias_for(1e-2, num_steps), report.forget_bias.mean
         if layer.direct_horizon >= num_steps:
             return "paths through the gates cancel the direct one, which reaches further: smaller recurrent weights"
@@ -112,11 +143,11 @@ def _fades(diagnosis: Diagnosis, layer: LayerDiagnosis) -> Iterator[Finding]:
         kept = report.kept.mean
         evidence |= {"mean_kept_share": kept, "mean_forget_bias": report.forget_bias.mean}
         code = "forget_gates_closed" if kept < CLOSED else "fades"
-        gates = "forget gates average" if report.forget_gate == "f" else "the share kept averages"
+        gates = "forget gates average" if _gate_that_keeps(layer) == "f" else "the share kept averages"
         halves = f"memory halves every {_steps(layer.direct_half_life)} on the direct path"
         text = f"{gates} {kept:.2g}: {halves}; {text} by all paths"
-    is_cut = any(diagnosis.lost.values())
-    remedy = "first see detached_state: a derivative is lost" if is_cut else _longer(layer, diagnosis.num_steps)
+    is_cut = any(map(_is_less, diagnosis.lost[layer.pass_name]))
+    remedy = "first see detached_state: a derivative is lost" if is_cut else _longer(diagnosis, layer)
     yield Finding(code, "warning", layer.name, _in(layer.name) + text, evidence, remedy)
 
 
@@ -141,8 +172,7 @@ def _explodes(diagnosis: Diagnosis, layer: LayerDiagnosis) -> Iterator[Finding]:
 
 
 def _saturated(diagnosis: Diagnosis, layer: LayerDiagnosis) -> Iterator[Finding]:
-    shares = {gate: found.low + found.high for gate, found in layer.saturation.items()}
-    stuck = {gate: share for gate, share in shares.items() if share > SATURATED}
+    stuck = _stuck(diagnosis, layer)
     if not stuck:
         return
     listed = ", ".join(f"{gate} {100 * share:.0f} %" for gate, share in stuck.items())
@@ -166,8 +196,10 @@ def _dead(diagnosis: Diagnosis, layer: LayerDiagnosis) -> Iterator[Finding]:
 
 def _underflow(diagnosis: Diagnosis, layer: LayerDiagnosis) -> Iterator[Finding]:
     # a gradient of norm 1 at the last step is below the smallest number that is kept here
-    lag = int(np.argmax(np.median(layer.curves.full, axis=0) < diagnosis.certificate.float32_floor))
-    if lag:
+    median = np.median(layer.curves.full, axis=0)
+    lag = int(np.argmax(median < diagnosis.certificate.float32_floor))
+    # what is exactly 0 here as well is no matter of range
+    if lag and np.isfinite(median[lag]):
         text = f"a float32 gradient is exactly 0 beyond {lag} steps (not so the curves here, kept in log space)"
         yield Finding("float32_underflow", "note", layer.name, _in(layer.name) + text, {"lag": lag}, "")
 
@@ -179,11 +211,12 @@ def _direct(diagnosis: Diagnosis, layer: LayerDiagnosis) -> Iterator[Finding]:
         yield Finding("no_split", "note", layer.name, _in(layer.name) + text, {}, remedy)
         return
     curves = layer.curves
-    if curves.direct is None or np.all(np.isneginf(curves.direct[:, 1:])):
+    if curves.direct is None or math.isnan(layer.horizon) or np.all(np.isneginf(curves.direct[:, 1:])):
         return
     lag = int(min(max(layer.horizon, 1.0), diagnosis.num_steps))
-    gap = float(np.median(curves.full[:, lag]) - np.median(curves.direct[:, lag]))
-    if abs(gap) > DIRECT_DIFFERS:
+    full, direct = float(np.median(curves.full[:, lag])), float(np.median(curves.direct[:, lag]))
+    if math.isfinite(full) and math.isfinite(direct) and abs(full - direct) > DIRECT_DIFFERS:
+        gap = full - direct
         times = f"10^{abs(gap) / math.log(10):.3g} times {'larger' if gap > 0 else 'smaller'}"
         text = f"at lag {lag} the gradient is {times} than its direct path, the product of the shares kept"
         yield Finding(
@@ -191,10 +224,30 @@ def _direct(diagnosis: Diagnosis, layer: LayerDiagnosis) -> Iterator[Finding]:
         )
 
 
+def _is_less(block: LostDerivative) -> bool:
+    return block.derivative < (1 - LOST) * block.difference
+
+
+def _nan(diagnosis: Diagnosis, layer: LayerDiagnosis) -> Iterator[Finding]:
+    broken = np.isnan(layer.curves.full).any(axis=0)
+    if broken.any():
+        lag = int(np.argmax(broken))
+        text = f"the derivative of the state is not a number from lag {lag} on, although the state is finite"
+        remedy = (
+            f"look at step {diagnosis.num_steps - lag} of the pass: a root, norm or division at 0, also behind where()"
+        )
+        yield Finding("non_finite_gradient", "warning", layer.name, _in(layer.name) + text, {"lag": lag}, remedy)
+    elif not math.isfinite(layer.loss_gradient[0]):
+        text = "no finite gradient of the loss reaches this layer"
+        remedy = "look at what the loss reads: outputs of another layer or direction, or none"
+        evidence = {"log_norm": float(layer.loss_gradient[0])}
+        yield Finding("no_loss_gradient", "warning", layer.name, _in(layer.name) + text, evidence, remedy)
+
+
 def _lost(diagnosis: Diagnosis) -> Iterator[Finding]:
     for name, blocks in diagnosis.lost.items():
-        less = [block for block in blocks if block.derivative < (1 - LOST) * block.difference]
-        other = [block for block in blocks if block not in less]
+        less = [block for block in blocks if _is_less(block)]
+        other = [block for block in blocks if not _is_less(block)]
         for code, severity, chosen in (("detached_state", "warning", less), ("surrogate", "note", other)):
             if not chosen:
                 continue
@@ -203,7 +256,7 @@ def _lost(diagnosis: Diagnosis) -> Iterator[Finding]:
                 for b in chosen
             )
             text = f"the derivative that training sees is not that of the function: {listed}"
-            evidence = {f"{b.of}<-{b.wrt}": b.derivative / b.difference for b in chosen}
+            evidence = {f"{b.of}<-{b.wrt}": b.derivative / b.difference if b.difference else math.inf for b in chosen}
             remedy = "take out the stop_gradient (detach), or the custom derivative, on the way of the state"
             yield Finding(code, severity, name, _in(name) + text, evidence, remedy if severity == "warning" else "")
 
@@ -213,6 +266,8 @@ def _rounded(diagnosis: Diagnosis) -> Iterator[Finding]:
         if not precision.rounded or precision.distance <= ROUNDING:
             continue
         far = f"after {diagnosis.num_steps} steps it is {100 * precision.distance:.2g} % away from the same in float32"
+        if math.isinf(precision.distance):
+            far = "it overflows, and not so in float32"
         if math.isnan(precision.distance):
             far = "how far it drifts could not be measured"
         fields = ", ".join(filter(None, precision.rounded)) or "s"
@@ -238,7 +293,7 @@ def findings_of(diagnosis: Diagnosis) -> tuple[Finding, ...]:
         remedy = "look at the step before it: recurrent weights too large, a division by zero, a logarithm of zero"
         return (Finding("non_finite", "warning", "", text, {"step": diagnosis.nonfinite_step}, remedy),)
     found = [*_lost(diagnosis), *_rounded(diagnosis)]
-    for rule in (_explodes, _fades, _saturated, _dead, _direct, _underflow):
+    for rule in (_nan, _explodes, _fades, _saturated, _dead, _direct, _underflow):
         for layer in diagnosis.layers:
             found += rule(diagnosis, layer)
     return tuple(sorted(found, key=lambda finding: finding.severity != "warning"))

@@ -87,7 +87,8 @@ class Precision(NamedTuple):
     rounded: tuple[str, ...]
     """Fields that a step rounds to bfloat16 or float16."""
     distance: float
-    """Relative distance of the last states from those of the same weights in float32; NaN when not measured."""
+    """Relative distance of the last states from those of the same weights in float32; inf when they overflow, NaN when
+    not measured."""
 
 
 class LayerDiagnosis(NamedTuple):
@@ -134,7 +135,7 @@ class Diagnosis(NamedTuple):
     lost: dict[str, tuple[LostDerivative, ...]]
     precision: dict[str, Precision]
     nonfinite_step: int
-    """First step at which a state is not finite; −1 for none."""
+    """First step at which a state is not finite, in the order of its pass; −1 for none."""
     input_rms: float
     certificate: Certificate
     findings: tuple[Finding, ...]
@@ -361,7 +362,8 @@ def _finish(axis: Any, *shown: np.ndarray) -> None:
     axis.axhline(-2, color="#888888", lw=0.8, ls=":")
     axis.set_xlabel("lag, steps")
     axis.set_ylabel("retention, powers of ten")
-    axis.legend(fontsize=8, frameon=False)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8, frameon=False)
 
 
 def _draw_paths(axis: Any, layer: LayerDiagnosis, num_steps: int) -> None:
