@@ -47,6 +47,10 @@ def broken():
     raise KeyError("no such layer")
 
 
+def leaves():
+    raise SystemExit(0)
+
+
 class Net:
     def __init__(self, width):
         self.width = width
@@ -57,18 +61,23 @@ class nets:
 """
 
 
+MODULES = ("my_module", "fails", "raises", "leaves", "loud")
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A folder with ``my_module.py``, in which one stands; what is imported there is forgotten afterwards."""
     (tmp_path / "my_module.py").write_text(MY_MODULE)
     (tmp_path / "fails.py").write_text("import my_modul\n")
     (tmp_path / "raises.py").write_text("raise RuntimeError('not today')\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "loud.py").write_text("print('loading')\nfrom my_module import *\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("my_module", "fails", "raises"):
+    for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield tmp_path
-    for name in ("my_module", "fails", "raises"):
+    for name in MODULES:
         sys.modules.pop(name, None)
 
 
@@ -307,6 +316,8 @@ def test_objects_factories_and_pairs(here):
         ("rnngrad.cels:lstm", "did you mean 'rnngrad.cells'"),
         ("fails:cell", "imports 'my_modul', which is not installed"),
         ("raises:cell", "RuntimeError: not today"),
+        ("leaves:cell", "module 'leaves' fails on import: SystemExit: 0"),
+        ("my_module:leaves", "calling my_module:leaves fails: SystemExit: 0"),
         ("my_module:broken", "calling my_module:broken fails: KeyError: 'no such layer'"),
         ("my_module:Net", "asks for width"),
     ],
@@ -326,6 +337,7 @@ def test_a_mistyped_or_broken_module_in_one_line(capsys, here, target, said):
         (("diagnose", "my_module:cell", "--input", "objects.npy"), "objects.npy"),
         (("diagnose", "my_module:cell", "--input", "several.npz"), "one called xs"),
         (("diagnose", "my_module:cell", "--input", "batch.npy", "--html", "far/away.html"), "no folder far"),
+        (("diagnose", "my_module:cell", "--input", "batch.npy", "--figure", "o.png2"), "expected .png, .pdf, .svg"),
         (("diagnose", "my_module:cell", "--input", "batch.npy", "--loss", "my_module:los"), "no attribute 'los'"),
         (("diagnose", "my_module:cell", "--input", "batch.npy", "--part", "a"), "--weights"),
         (("diagnose", "my_module:cell", "--input", "batch.npy", "--weights", "spoilt.npz"), "missing: b"),
@@ -461,6 +473,22 @@ def test_weights_of_flax_nnx_by_name(theirs):
         _loaded("flax_nnx", {name.replace("hf.kernel", "hf.kernl"): leaf for name, leaf in weights.items()})
 
 
+def test_weights_of_a_whole_nnx_module_as_orbax_writes_them(theirs):
+    import orbax.checkpoint as ocp
+    from flax import nnx
+
+    model = loading.resolve("theirs:flax_nnx")
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, nnx.state(model, nnx.Param))
+    state = nnx.merge_state(nnx.state(model), doubled)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path.cwd() / "saved", nnx.to_pure_dict(state))
+    found = loading.load("theirs:flax_nnx", Path("saved"), None, jax.random.key(0)).model
+    np.testing.assert_array_equal(found.cell.hf.kernel[...], 2 * model.cell.hf.kernel[...])
+    values = {f"{name}.value": leaf for name, leaf in loading.interop.read_weights(Path("saved")).items()}
+    again, _ = _loaded("flax_nnx", values)
+    np.testing.assert_array_equal(again.cell.hf.kernel[...], found.cell.hf.kernel[...])
+
+
 def test_weights_of_equinox_by_name(theirs):
     shapes = {f"{i}.{name}": shape for i, d, n, k in ((0, D, N, 3), (1, N, 4, 4)) for name, shape in (
         ("weight_ih", (k * n, d)), ("weight_hh", (k * n, n)), ("bias", (k * n,)),
@@ -478,6 +506,13 @@ def test_weights_of_flax_linen_and_of_a_step_function_make_their_own_structure(t
     assert _loaded("step", {"cell/u": np.ones((N, N))}).params["cell"]["u"].shape == (N, N)
 
 
+def test_json_is_pure_also_when_a_module_prints(capsys, here):
+    assert main(["init-report", "--json", "loud:cell", "--random-input", "4"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "loading\n"
+    assert json.loads(said.out)["source"] == "lstm"
+
+
 def test_torch_names_fill_a_cell_of_ours(here):
     shapes = {"weight_ih_l0": (4 * N, D), "weight_hh_l0": (4 * N, N), "bias_ih_l0": (4 * N,), "bias_hh_l0": (4 * N,)}
     weights = _drawn(shapes)
@@ -486,6 +521,10 @@ def test_torch_names_fill_a_cell_of_ours(here):
     found = loading.load("my_module:cell", Path("w.npz"), "encoder.rnn", key).params
     np.testing.assert_array_equal(found.w_hh, weights["weight_hh_l0"])  # Torch has our order, i f g o
     np.testing.assert_array_equal(found.b, weights["bias_ih_l0"] + weights["bias_hh_l0"])
+    # whatever else the part holds, it is Torch's names that say so; and the weights of another cell are not taken
+    np.savez("other.npz", embedding=np.ones(2), **weights)
+    with pytest.raises(loading.UserError, match="expected those of 'gru_reset_before', found torch"):
+        loading.load("my_module:make", Path("other.npz"), None, key)
     adapted = loading.load("torch", Path("w.npz"), "encoder.rnn", key).model
     np.testing.assert_array_equal(adapted.cell_params.b, found.b)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -23,12 +24,14 @@ from rnngrad.cli import loading
 from rnngrad.cli.catalogue import catalogue
 from rnngrad.cli.loading import Loaded, UserError
 from rnngrad.diagnose import as_passes, diagnose
+from rnngrad.diagnose.result import draws
 from rnngrad.init_report import InitReport as Report
 from rnngrad.init_report import init_report
 from rnngrad.interop.adapted import Adapted, run, time_major
 from rnngrad.training.model import Model
 from rnngrad.types import Cell
 
+FIGURES = (".png", ".pdf", ".svg")
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
@@ -135,7 +138,10 @@ def main(words: Sequence[str]) -> int:
     if isinstance(command, int):
         return command
     try:
-        return _RUN[type(command)](command)
+        out = sys.stdout
+        # what a user's module prints is no part of the one JSON object
+        with contextlib.redirect_stdout(sys.stderr) if command.json else contextlib.nullcontext():
+            return _RUN[type(command)](command, out)
     except (ValueError, ImportError, OSError) as error:
         if getattr(command, "traceback", False):
             tracebacks.print_exc()
@@ -176,8 +182,8 @@ def _show(*parts: Any) -> None:
         console.print(rich.text.Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str))
 
 
-def _show_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+def _show_json(out: Any, value: Any) -> None:
+    out.write(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -193,10 +199,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _cells(command: Cells) -> int:
+def _cells(command: Cells, out: Any) -> int:
     entries = catalogue()
     if command.json:
-        _show_json({"cells": entries})
+        _show_json(out, {"cells": entries})
         return 0
     table = rich.table.Table("cell", "equation, source, call", "gates", "state", show_lines=True)
     for entry in entries:
@@ -207,10 +213,10 @@ def _cells(command: Cells) -> int:
     return 0
 
 
-def _doctor(command: Doctor) -> int:
+def _doctor(command: Doctor, out: Any) -> int:
     found = doctor.examine()
     if command.json:
-        _show_json({"is_healthy": found.is_healthy, **found._asdict()})
+        _show_json(out, {"is_healthy": found.is_healthy, **found._asdict()})
     else:
         table = rich.table.Table("", "what", "found", "what to do, or what it means")
         for row in found.rows:
@@ -220,7 +226,7 @@ def _doctor(command: Doctor) -> int:
     return 0 if found.is_healthy else 1
 
 
-def _init_report(command: InitReport) -> int:
+def _init_report(command: InitReport, out: Any) -> int:
     state, gates = _state_and_gates(command)
     loaded, xs = _model_and_inputs(command)
     xs = time_major(xs, command.time_axis)
@@ -230,7 +236,9 @@ def _init_report(command: InitReport) -> int:
     passes = zip(adapted.passes, sum(adapted.params, ()), sum(heard, ()), strict=True)
     reports = {one.name: init_report(one.cell, params, own) for one, params, own in passes}
     if command.json:
-        _show_json({"source": adapted.source, "passes": [{"name": name, **_plain(r)} for name, r in reports.items()]})
+        _show_json(
+            out, {"source": adapted.source, "passes": [{"name": name, **_plain(r)} for name, r in reports.items()]}
+        )
     else:
         _show(adapted.source, *(_titled(name, report) for name, report in reports.items()))
     return 0
@@ -240,10 +248,14 @@ def _titled(name: str, report: Report) -> str:
     return "\n" + (f"{name}\n\n" if name else "") + report.table()
 
 
-def _diagnose(command: Diagnose) -> int:
+def _diagnose(command: Diagnose, out: Any) -> int:
     for file in filter(None, (command.html, command.figure)):
         if not file.parent.is_dir():  # said before minutes of work, not after
             raise UserError(f"no folder {file.parent} to write {file.name} to")
+    if command.figure is not None and command.figure.suffix.lower() not in FIGURES:
+        raise UserError(f"--figure: expected {', '.join(FIGURES)}, found {command.figure.name!r}")
+    if command.html is not None or command.figure is not None:
+        draws()
     state, gates = _state_and_gates(command)
     loss = None if command.loss is None else loading.resolve(command.loss)
     loaded, xs = _model_and_inputs(command)
@@ -260,14 +272,15 @@ def _diagnose(command: Diagnose) -> int:
         key=jax.random.key(command.seed),
         progress=not command.json,
     )
+    out.write(report.to_json() + "\n" if command.json else report.table())
+    # after the report, which a full disk shall not cost
     if command.html is not None:
         command.html.write_text(report.to_html(), encoding="utf-8")
     if command.figure is not None:
         report.plot().savefig(command.figure, dpi=150)
-    sys.stdout.write(report.to_json() + "\n" if command.json else report.table())
     if not command.json:
         for file in filter(None, (command.html, command.figure)):
-            sys.stdout.write(f"wrote {file}\n")
+            out.write(f"wrote {file}\n")
     return 0
 
 

@@ -97,7 +97,7 @@ def _module(name: str) -> Any:
         siblings = pkgutil.iter_modules(getattr(sys.modules.get(parent), "__path__", None) if parent else None)
         known = [f"{parent}.{info.name}" if parent else info.name for info in siblings]
         raise UserError(f"no module {error.name!r} in {folder} or installed{suggestion(error.name, known)}") from error
-    except Exception as error:  # whatever a user's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever a user's module does when it is imported
         raise UserError(f"module {name!r} fails on import: {type(error).__name__}: {error}") from error
 
 
@@ -133,7 +133,7 @@ def build(target: str, found: Any) -> Any:
         return found
     try:
         return found()
-    except Exception as error:  # whatever a user's function does
+    except (Exception, SystemExit) as error:  # whatever a user's function does
         raise UserError(f"calling {target} fails: {type(error).__name__}: {error}") from error
 
 
@@ -237,8 +237,12 @@ def load(target: str, weights: Path | None, part: str | None, key: jax.Array) ->
         return Loaded(model, fill(params, named))
     if is_ours:
         expected = jax.eval_shape(model.init, key)
-        if isinstance(model, Cell) and _TORCH_NAME.fullmatch(next(iter(named))):
-            return Loaded(model, interop.from_torch(named).cell_params)
+        if isinstance(model, Cell) and any(map(_TORCH_NAME.fullmatch, named)):
+            theirs = interop.from_torch(named)
+            if [one.cell.name for one in theirs.passes] != [model.name]:
+                found = ", ".join(one.cell.name for one in theirs.passes)
+                raise UserError(f"weights: expected those of {model.name!r}, found {theirs.source}, our {found}")
+            return Loaded(model, theirs.cell_params)
         return Loaded(model, fill(expected, named))
     first = model[0] if isinstance(model, list) and model else model
     if _is_of(first, "flax.nnx"):
@@ -260,6 +264,11 @@ def _filled_nnx(model: Any, weights: Mapping[str, Any]) -> Any:
     from flax import nnx
 
     graph, params, *rest = nnx.split(model, nnx.Param, ...)
+    # checkpoints of a whole module hold its random streams and statistics too, which stay the module's own, and orbax
+    # writes a variable as {"value": array}
+    others = {_plain(name) for state in rest for name in leaf_names(nnx.to_pure_dict(state))}
+    named = {name.removesuffix(".value"): weight for name, weight in weights.items()}
+    weights = {name: weight for name, weight in named.items() if _plain(name) not in others}
     nnx.replace_by_pure_dict(params, fill(nnx.to_pure_dict(params), weights))
     return nnx.merge(graph, params, *rest)
 

@@ -327,13 +327,23 @@ _COLOURS = {"full": "#1b1b1b", "direct": "#d55e00", "remainder": "#009e73"}  # O
 _GATE_COLOURS = ("#0072b2", "#e69f00", "#cc79a7", "#009e73", "#56b4e9", "#d55e00")
 
 
-def _figure(diagnosis: Diagnosis) -> Any:
+def draws() -> Any:
+    """Returns Matplotlib's Figure, to know before long work that there is one.
+
+    Raises:
+      ImportError: Matplotlib is missing; names the extra.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('a figure needs Matplotlib: pip install "rnngrad[plot]"') from error
+    return Figure
+
+
+def _figure(diagnosis: Diagnosis) -> Any:
+    make = draws()
     rows = len(diagnosis.layers)
-    figure = Figure(figsize=(13, 0.7 + 3.6 * rows), layout="constrained")
+    figure = make(figsize=(13, 0.7 + 3.6 * rows), layout="constrained")
     figure.suptitle(f"How far back the gradient reaches. {_title(diagnosis)}", fontsize=11)
     axes = figure.subplots(rows, 3, squeeze=False, width_ratios=(1.2, 1.2, 1))
     for row, layer in zip(axes, diagnosis.layers, strict=True):
