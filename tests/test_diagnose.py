@@ -523,7 +523,7 @@ def test_page_is_self_contained_and_well_formed():
     assert not parser.open
     assert "data:image/png;base64," in page
     assert "http" not in page
-    assert "<h3>" in report._repr_html_()
+    assert "data:image/png;base64," in report._repr_html_()
 
 
 def test_figure_has_a_row_for_each_layer():
@@ -541,6 +541,8 @@ def test_without_plotting_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"rnngrad\[plot\]"):
         report.plot()
+    assert "<img" not in report._repr_html_()
+    assert "fades" in report._repr_html_()
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------

@@ -207,6 +207,24 @@ BAD_TORCH = {
         "expected also weight_ih_l0_reverse",
     ),
     "rows": ({"weight_ih_l0": np.ones((8, 3)), "weight_hh_l0": np.ones((8, 4))}, {}, r"\(4N, N\).*found \(8, 4\)"),
+    # a depth is taken from a name: nothing of its size may be made before it is checked
+    "deep": (_torch_weights("gru") | {"weight_hh_l9999": np.ones((12, 4))}, {}, r"expected also .* more beside"),
+    "deeper": (
+        _torch_weights("gru") | {"weight_hh_l999999999999": np.ones((12, 4))},
+        {},
+        "expected weight_hh_l0, .*found weight_hh_l0, weight_hh_l999999999999",
+    ),
+    "digits": (
+        _torch_weights("gru") | {"weight_hh_l" + "9" * 5000: np.ones((12, 4))},
+        {},
+        "found weight_hh_l0, weight_hh_l9999",
+    ),
+    "raw": (_torch_weights("gru_cell") | {"weight_hh_raw": np.ones((12, 4))}, {}, "found weight_hh, weight_hh_raw"),
+    "cell and layer": (
+        _torch_weights("gru_cell") | {"weight_hh_l0": np.ones((12, 4))},
+        {},
+        "or weight_hh alone, .*found weight_hh, weight_hh_l0",
+    ),
     "shape": (
         _torch_weights("gru") | {"bias_hh_l0": np.ones(11)},
         {},
@@ -355,6 +373,52 @@ def test_keras_options_that_have_no_counterpart(case, tmp_path):
     edit, message = BAD_KERAS[case]
     with pytest.raises(ValueError, match=message):
         from_keras(_edited(tmp_path, "keras_stack.keras", edit))
+
+
+def _nested(config):
+    for _ in range(5_000):
+        config = {"class_name": "Sequential", "config": {"layers": [config]}}
+    return config
+
+
+def _sequential(*layers):
+    return lambda config: {"class_name": "Sequential", "config": {"layers": layers}}
+
+
+DAMAGED_KERAS = {
+    "no layers": (lambda config: {"class_name": "Sequential", "config": {}}, "KeyError 'layers'"),
+    "null": (lambda config: {"class_name": "Sequential", "config": None}, "TypeError"),
+    "text": (_sequential("a"), "TypeError"),
+    "layer without options": (_sequential({"class_name": "LSTM"}), "KeyError 'config'"),
+    "layer of two classes": (_sequential({"class_name": ["LSTM"], "config": {}}), "TypeError"),
+    "layer of options in a row": (_sequential({"class_name": "LSTM", "config": []}), "AttributeError"),
+    "model of two classes": (lambda config: config | {"class_name": ["Sequential"]}, "TypeError"),
+    "no cell": (_sequential({"class_name": "RNN", "config": {"name": "rnn"}}), "KeyError 'cell'"),
+    "no history": (
+        lambda config: {
+            "class_name": "Functional",
+            "config": {
+                "layers": [
+                    {"class_name": "LSTM", "name": name, "config": {}, "inbound_nodes": [{"keras_history": []}]}
+                    for name in "ab"
+                ]
+            },
+        },
+        "IndexError",
+    ),
+    "deep": (_nested, "RecursionError"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_KERAS)
+def test_damaged_keras_descriptions(case, monkeypatch):
+    describe, found = DAMAGED_KERAS[case]
+    message = "from_keras: expected Keras's description of a model, found a damaged one: " + found
+    path = FIXTURES / "keras_stack.keras"
+    config = describe(read_keras_config(path))
+    monkeypatch.setattr("rnngrad.interop.keras.read_keras_config", lambda source: config)
+    with pytest.raises(ValueError, match=message):
+        from_keras(path)
 
 
 def test_keras_graphs_with_branches(tmp_path):
@@ -593,6 +657,13 @@ def _tensor(shape, end=8):
     return json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}).encode()
 
 
+def _long_header(path):
+    """Announces a header of 200 MB and has the room for it, as a hole in the file."""
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 200_000_000))
+        file.truncate(200_000_008)
+
+
 def _lie_about_size(path):
     """A deflated member that announces 4 GB."""
     _zip(path, [("a.npy", _npy((2**30,), b"\0" * 64))], compression=zipfile.ZIP_DEFLATED)
@@ -627,6 +698,11 @@ def _array(shape, dtype, data):
     return msgpack.packb(msgpack.ExtType(1, msgpack.packb((shape, dtype, data))))
 
 
+def _maps(number):
+    """Packs a list of empty maps."""
+    return b"\xdd" + struct.pack(">I", number) + b"\x80" * number
+
+
 HOSTILE = {
     "safetensors header": ("a.safetensors", _header(b"{}", size=2**62), "header of at most 10 bytes"),
     "safetensors shape": ("a.safetensors", _header(_tensor([2**50])), "found a damaged one"),
@@ -638,12 +714,30 @@ HOSTILE = {
         "names to be unique, found 'a' twice",
     ),
     "safetensors deep": ("a.safetensors", _header(b'{"a":' + b"[" * 100_000), "found a damaged one"),
+    "safetensors long header": ("a.safetensors", _long_header, "header of at most 100,000,000 bytes"),
+    "safetensors values": ("a.safetensors", _header(b'{"a":[' + b"{}," * 500_000 + b"{}]}"), "found a damaged one"),
+    "safetensors dtype": (
+        "a.safetensors",
+        _header(json.dumps({"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}).encode()),
+        "'a': expected numbers that NumPy has, found dtype F8_E4M3",
+    ),
     "safetensors short": ("a.safetensors", _bytes(b"abc"), "header of at most 0 bytes"),
     "npy shape": ("a.npy", _bytes(_npy((2**50,))), r"4,503,599,627,370,496 bytes for shape .* found 0"),
     "npy overflow": ("a.npy", _bytes(_npy((2**32, 2**32), b"\0" * 8)), "18446744073709551616|bytes for shape"),
     "npy negative": ("a.npy", _bytes(_npy((-4,), b"\0" * 8)), "sizes of 0 or more, found shape"),
     "npy cut": ("a.npy", _bytes(_npy((3,), b"\0" * 11)), "expected 12 bytes .* found 11"),
     "npy text": ("a.npy", _bytes(_npy((2,), b"\0" * 8, "<U1")), "expected numbers, found dtype <U1"),
+    "npy long double": ("a.npy", _bytes(_npy((1,), b"\0" * 16, "<f16")), "at most 8 bytes, .* found dtype float128"),
+    "npz long double": (
+        "a.npz",
+        lambda path: _zip(path, [("a.npy", _npy((1,), b"\0" * 32, "<c32"))]),
+        "'a': expected numbers of at most 16 bytes, .* found dtype complex256",
+    ),
+    "hdf5 long double": (
+        "a.h5",
+        _hdf5(lambda root: root.create_dataset("a", data=np.ones(1, np.longdouble))),
+        "'a': expected numbers of at most 8 bytes, .* found dtype float128",
+    ),
     "npy header": ("a.npy", _bytes(b"\x93NUMPY\x01\x00\xff\xff{'descr'"), "damaged"),
     "npz size": ("a.npz", _lie_about_size, "times the .* bytes stored, found 4,294,967,294 announced"),
     "npz shape": ("a.npz", lambda path: _zip(path, [("a.npy", _npy((2**50,)))]), "'a': expected 4,503"),
@@ -701,8 +795,19 @@ HOSTILE = {
     "keras member": ("a.keras", lambda path: _zip(path, [("config.json", b"{}")]), "expected keras, .* found"),
     "msgpack lists": (
         "a.msgpack",
-        _bytes(b"\x81\xa1a" + b"\xdd\x00\x0f\xff\xff" * 30 + b"\0" * 2**20),
-        "values announced",
+        _bytes(b"\x81\xa1a" + b"\xdd\x00\x03\xff\xff" * 30 + b"\0" * 2**18),
+        "more values announced",
+    ),
+    "msgpack maps": (
+        "a.msgpack",
+        _bytes(b"\x81\xa1a" + _maps(2_000_000)),
+        "more than 1,000,000 values beside",
+    ),
+    # neither has too many by itself
+    "msgpack extensions": (
+        "a.msgpack",
+        _bytes(b"\x81\xa1a\x92" + msgpack.packb(msgpack.ExtType(1, _maps(20_000))) + _maps(990_000)),
+        "more than 1,000,000 values beside",
     ),
     "msgpack deep": ("a.msgpack", _bytes(b"\x81\xa1a" * 80 + b"\x01"), "more than 64 levels"),
     "msgpack list": ("a.msgpack", _bytes(b"\xdf\xff\xff\xff\xff\x01"), "8,589,934,590 more values announced"),

@@ -174,7 +174,11 @@ class Diagnosis(NamedTuple):
         return f"<Diagnosis of {_title(self)}: {codes}>"
 
     def _repr_html_(self) -> str:
-        return _fragment(self)
+        try:
+            draws()
+        except ImportError:
+            return _fragment(self)  # findings and tables need no Matplotlib
+        return _fragment(self, _picture(self, dpi=70))
 
 
 def crossing(log_norm: np.ndarray, nats: float) -> float:
@@ -441,7 +445,7 @@ def _html_table(table: Table) -> str:
     return f"<div style='overflow-x:auto'><table>{head}<tbody>{body}</tbody></table></div>"
 
 
-def _fragment(diagnosis: Diagnosis) -> str:
+def _fragment(diagnosis: Diagnosis, picture: str = "") -> str:
     items = "".join(
         f"<li><b>{'⚠ ' if f.severity == 'warning' else ''}{html.escape(f.code)}</b> {html.escape(f.text)}."
         + (f" <i>{html.escape(f.remedy)}.</i>" if f.remedy else "")
@@ -450,7 +454,8 @@ def _fragment(diagnosis: Diagnosis) -> str:
     )
     findings = f"<ul>{items}</ul>" if items else "<p>No findings.</p>"
     tables = "".join(map(_html_table, _tables(diagnosis)))
-    return f"<h3>{html.escape(_title(diagnosis))}</h3>{findings}{tables}<p>{html.escape(_made_with(diagnosis))}</p>"
+    title, made_with = map(html.escape, (_title(diagnosis), _made_with(diagnosis)))
+    return f"<h3>{title}</h3>{findings}{picture}{tables}<p>{made_with}</p>"
 
 
 _STYLE = """
@@ -462,13 +467,17 @@ img { max-width: 100%; height: auto; background: #fff; }
 """
 
 
+def _picture(diagnosis: Diagnosis, dpi: int) -> str:
+    file = io.BytesIO()
+    _figure(diagnosis).savefig(file, format="png", dpi=dpi)
+    source = base64.b64encode(file.getvalue()).decode()
+    text = "retention by lag, by gate, and the gates of every layer"
+    return f"<img alt='{text}' src='data:image/png;base64,{source}'>"
+
+
 def _page(diagnosis: Diagnosis) -> str:
-    picture = io.BytesIO()
-    _figure(diagnosis).savefig(picture, format="png", dpi=110)
-    source = base64.b64encode(picture.getvalue()).decode()
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
         f'initial-scale=1"><title>{html.escape(_title(diagnosis))}</title><style>{_STYLE}</style></head><body>'
-        f"{_fragment(diagnosis)}<img alt='retention by lag, by gate, and the gates of every layer' "
-        f"src='data:image/png;base64,{source}'></body></html>\n"
+        f"{_fragment(diagnosis, _picture(diagnosis, dpi=110))}</body></html>\n"
     )

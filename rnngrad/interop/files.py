@@ -57,6 +57,10 @@ _ALWAYS_ALLOWED = 2**20
 """Bytes of an array that need no stored counterpart: HDF5 leaves out what equals the fill value."""
 _MAX_DEPTH = 64
 """Levels of nesting in any file; the deepest models have about 20."""
+_MAX_HEADER = 100_000_000
+"""Bytes of a safetensors header (the library's own limit)."""
+_MAX_VALUES = 1_000_000
+"""Values in msgpack, of which an array is about six; each takes a microsecond and up to 64 bytes to read."""
 _FILTERS = frozenset({1, 2, 3, 6, 32000})
 """HDF5's registered numbers of deflate, shuffle, fletcher32, scale-offset and of the lzf that h5py brings."""
 
@@ -276,6 +280,11 @@ def _check_array(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype,
         raise ValueError(f"{path}: {name!r}: expected numbers, found dtype {dtype}")
     if any(size < 0 for size in shape):
         raise ValueError(f"{path}: {name!r}: expected sizes of 0 or more, found shape {shape}")
+    widest = 16 if dtype.kind == "c" else 8
+    if dtype.itemsize > widest:
+        raise ValueError(
+            f"{path}: {name!r}: expected numbers of at most {widest} bytes, as JAX has them, found dtype {dtype}"
+        )
     num_bytes = math.prod(shape) * dtype.itemsize
     if stored is not None and num_bytes > _MAX_RATIO * stored + _ALWAYS_ALLOWED:
         raise ValueError(
@@ -291,29 +300,34 @@ def _read_safetensors(path: Path, file: io.BufferedIOBase) -> dict[str, np.ndarr
     except ImportError as error:
         raise ImportError(f'{path}: to read safetensors, pip install "rnngrad[weights]"') from error
     (header_size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-    rest = path.stat().st_size - 8
-    if header_size > rest:
+    most = min(max(path.stat().st_size - 8, 0), _MAX_HEADER)
+    if header_size > most:
         raise ValueError(
-            f"{path}: expected a safetensors header of at most {max(rest, 0):,} bytes, the rest of the file, found one "
-            f"of {header_size:,}"
+            f"{path}: expected a safetensors header of at most {most:,} bytes (the rest of the file, and never more "
+            f"than {_MAX_HEADER:,}), found one of {header_size:,}"
         )
 
-    def unique(pairs):
+    def check_unique(pairs):
         # the library keeps the last of two entries of one name, and says nothing
-        entries: dict[str, Any] = {}
-        for name, value in pairs:
-            _put(path, entries, name, value)
-        return entries
+        entries: dict[str, None] = {}
+        for name, _ in pairs:
+            _put(path, entries, name, None)
 
-    with _parsing(path, "safetensors file"):
-        json.loads(file.read(header_size), object_pairs_hook=unique)
     arrays: dict[str, np.ndarray] = {}
     try:
         # it checks offsets and shapes against the file's size before it reads
         with safetensors.safe_open(str(path), framework="np") as tensors:
+            with _parsing(path, "safetensors file"):
+                json.loads(file.read(header_size), object_pairs_hook=check_unique)
             for name in tensors.keys():
                 with _parsing(path, f"tensor {name!r}"):
-                    arrays[name] = tensors.get_tensor(name)
+                    try:
+                        arrays[name] = tensors.get_tensor(name)
+                    except AttributeError:  # it looks for the dtype in NumPy
+                        found = tensors.get_slice(name).get_dtype()
+                        raise ValueError(
+                            f"{path}: {name!r}: expected numbers that NumPy has, found dtype {found}"
+                        ) from None
     except safetensors.SafetensorError as error:
         raise _damaged(path, "safetensors file", error) from error
     return arrays
@@ -448,7 +462,7 @@ def _read_msgpack(path: Path, data: bytes) -> dict[str, np.ndarray]:
 
 
 def _check_msgpack(data: bytes) -> None:
-    """Raises ValueError unless every length in ``data`` fits the bytes behind it and nesting is shallow.
+    """Raises ValueError unless every length in ``data`` fits the bytes behind it, and depth and values are bounded.
 
     The parser takes memory for a list when it reads its length, so that lists within lists of a length that the file
     could hold once would take it many times over.
@@ -464,9 +478,11 @@ def _check_msgpack(data: bytes) -> None:
     plain = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8}
     plain |= {0xCC + power: 2**power for power in range(4)} | {0xD0 + power: 2**power for power in range(4)}
     extensions = {0xC7: 1, 0xC8: 2, 0xC9: 4}
+    num_values = 0
 
     def check(start: int, end: int, depth: int) -> None:
         """Checks the one value that ``view[start:end]`` should be."""
+        nonlocal num_values
         pending = [1]  # values still to come, by level
         while pending:
             if pending[-1] == 0:
@@ -477,9 +493,12 @@ def _check_msgpack(data: bytes) -> None:
             # what is announced on all levels together needs at least a byte each
             if sum(pending) > end - start:
                 raise ValueError(f"{sum(pending):,} more values announced than the {end - start:,} bytes left can be")
+            if num_values + sum(pending) > _MAX_VALUES:
+                raise ValueError(f"more than {_MAX_VALUES:,} values beside the bytes of arrays")
             if len(pending) + depth > _MAX_DEPTH:
                 raise ValueError(f"more than {_MAX_DEPTH} levels of nesting")
             pending[-1] -= 1
+            num_values += 1
             kind = view[start]
             start += 1
             if kind <= 0x7F or kind >= 0xE0:

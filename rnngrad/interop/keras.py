@@ -23,6 +23,7 @@ precision policy play no part: sequences are whole and start at 0.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,11 +118,14 @@ def from_keras(
     if not parents:
         shown = ", ".join(list(weights)[:12]) or "nothing"
         raise ValueError(f"from_keras: expected the weights of an LSTM, GRU or SimpleRNN, found {shown}")
-    if config is not None and config.get("class_name") in _MODELS:
-        if activation is not None:
-            raise ValueError("from_keras: expected no activation, since the file itself names it")
-        chosen = _described(weights, parents, config, tuple(layers))
-    else:
+    chosen: list[_Layer] | None = None
+    if config is not None:
+        with _reading_description():
+            if config.get("class_name") in _MODELS:
+                if activation is not None:
+                    raise ValueError("from_keras: expected no activation, since the file itself names it")
+                chosen = _described(weights, parents, config, tuple(layers))
+    if chosen is None:
         chosen = _undescribed(weights, parents, tuple(layers), activation or "tanh")
 
     units = [unit for layer in chosen for way in layer.ways for unit in way]
@@ -287,6 +291,17 @@ def _one_of(name: str, grouped: Mapping[str, Any]) -> str:
 
 
 # --- layers with a description ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _reading_description() -> Iterator[None]:
+    """Says that the description is damaged where something in it is missing or of another kind."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(
+            f"from_keras: expected Keras's description of a model, found a damaged one: {type(error).__name__} {error}"
+        ) from error
 
 
 class _Described(NamedTuple):

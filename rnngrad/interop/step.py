@@ -9,7 +9,9 @@ The second is found by comparing programs.  ``step`` and ``gates`` are traced on
 (jit, checkpoint) are opened, and every value gets a number: the same operation with the same settings on the same
 operands is the same value.  Where a gate's number occurs in the step's program, the program is cut, and ``update`` runs
 what hangs below.  Functions with a derivative rule of their own (``jax.custom_jvp``, ``jax.custom_vjp``) stay whole,
-since opening them would lose the rule: a gate has to be computed outside of one, or by it.
+since opening them would lose the rule: a gate has to be computed outside of one, or by it.  Two calls of one on the
+same operands are two values, for their derivatives may differ; which of them is the gates' cannot be told, so that a
+step has to make such a call once.
 
 If the input still reaches the state beside the gates, ``x`` becomes one more field of z; it carries no gradient through
 time.  The activations of such a cell are its pre-activations, for what a gate makes of its value is not known.
@@ -60,11 +62,12 @@ def from_step(step: StepFn, params: Params, state: State, example: Any, *, gates
       state: the state before the first step, without a batch axis: any pytree of floating or complex arrays.
       example: the input of one step (an array, a pytree of them, or their ``jax.ShapeDtypeStruct``).
       gates: ``(params, state, x) -> z``, the function by which ``step`` computes its pre-activations; a NamedTuple or
-        dict names them.  None leaves the cell without the split.
+        dict names them.  A value equal to a gate, i.e. the same operation on the same operands, is that gate wherever
+        it stands in ``step``, so that all uses of it count as gated.  None leaves the cell without the split.
 
     Raises:
       ValueError: a state that changes its structure, shapes or dtypes; a pair of which both could be the state; a gate
-        that does not occur in the program of ``step``.
+        that does not occur in the program of ``step``, or of which it is not known where it does.
 
     >>> import jax, jax.numpy as jnp
     >>> import rnngrad as rg
@@ -180,8 +183,14 @@ def _cut(
 ) -> tuple[PreactivateFn, UpdateFn]:
     """Returns the halves of a step above and below its gates."""
     program, structure = arguments.program, jax.tree.structure(state)
-    known = len(program.definitions)
+    known, calls = len(program.definitions), program.calls()
     heard = arguments.trace(gates)
+    for call, times in program.calls().items():
+        if calls[call] > times:
+            raise ValueError(
+                f"gates: {name!r} calls {program.function(call)} {calls[call]} times on the same values, its gates "
+                f"{times}, so that which of these calls is the gates' is not known; compute it once"
+            )
     cut: dict[int, str] = {}
     for gate, number, leaf in zip(leaf_names(heard.shapes), heard.numbers, jax.tree.leaves(heard.shapes), strict=True):
         if number >= known:
@@ -440,6 +449,16 @@ class _Values:
                 )
             at.update(zip(equation.outvars, results, strict=True))
         return tuple(map(number, program.outvars))
+
+    def calls(self) -> collections.Counter[Any]:
+        """Returns how often the last program ran each function with a derivative of its own on the same operands."""
+        return self._times.copy()
+
+    def function(self, call: Any) -> str:
+        """Returns the name of the function that one of :meth:`calls` ran."""
+        definition = self.definitions[self._numbers[(*call, 1), 0]]
+        assert isinstance(definition, _Output)
+        return definition.equation.params["call_jaxpr"].jaxpr.debug_info.func_name
 
     def needed(self, results: Sequence[int], *, stop: set[int]) -> set[int]:
         """Returns the numbers of all values that the results are computed from, down to those in ``stop``."""

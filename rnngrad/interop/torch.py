@@ -37,7 +37,9 @@ from rnngrad.types import Cell, DTypeLike, Params
 
 _KINDS = {4: "LSTM", 3: "GRU", 1: "RNN"}
 """By rows of ``weight_hh`` over hidden size."""
-_NAME = re.compile(r"(?P<prefix>(?:.*\.)?)weight_hh(?:_l(?P<layer>\d+)(?P<reverse>_reverse)?)?")
+_SUFFIX = re.compile(r"(?:_l(\d{1,4})(?:_reverse)?)?")
+"""Of a weight's name.  As many layers as the largest number are looked for, so that it is short."""
+_NAME = re.compile(rf"(?P<prefix>(?:.*\.)?)weight_hh{_SUFFIX.pattern}")
 
 
 class _Names(NamedTuple):
@@ -169,11 +171,18 @@ def _layers(weights: Mapping[str, Any], prefix: str) -> list[tuple[_Names, ...]]
     projected = next((name for name in weights if name.startswith(prefix + "weight_hr")), None)
     if projected is not None:
         raise ValueError(f"from_torch: expected an LSTM without proj_size, found {projected}; it is not supported")
-    suffixes = {name.removeprefix(prefix + "weight_hh") for name in weights if name.startswith(prefix + "weight_hh")}
-    if suffixes == {""}:
+    own = [name for name in weights if name.startswith(prefix + "weight_hh")]
+    suffixes = [name.removeprefix(prefix + "weight_hh") for name in own]
+    matches = [match for suffix in suffixes if (match := _SUFFIX.fullmatch(suffix))]
+    if len(matches) < len(own) or ("" in suffixes and len(own) > 1):
+        raise ValueError(
+            f"from_torch: expected {prefix}weight_hh_l0, {prefix}weight_hh_l0_reverse, {prefix}weight_hh_l1, … or "
+            f"{prefix}weight_hh alone, which is a cell's, found {_shortened(own)}"
+        )
+    if suffixes == [""]:
         wanted: list[tuple[str, ...]] = [("",)]
     else:
-        depth = 1 + max(int(match[0]) for suffix in suffixes if (match := re.search(r"\d+", suffix)))
+        depth = 1 + max(int(match[1]) for match in matches)
         ways = ("", "_reverse") if any(suffix.endswith("_reverse") for suffix in suffixes) else ("",)
         wanted = [tuple(f"_l{layer}{way}" for way in ways) for layer in range(depth)]
     flat = [suffix for layer in wanted for suffix in layer]
