@@ -86,6 +86,11 @@ class Layout(NamedTuple):
         """Returns which leaves a name addresses: a field, a leading part of one, or None for all."""
         return select_names(self.names, name, what=what)
 
+    def num_entries(self, *names: str | None) -> int:
+        """Returns how many real entries of the state lie in all the blocks."""
+        chosen = zip(*(self.block(name) for name in names), strict=True)
+        return sum(size for size, flags in zip(self.sizes, chosen, strict=True) if all(flags))
+
     def positions(self, name: str | None) -> np.ndarray:
         """Returns where a block's entries stand when all leaves are joined into one vector."""
         return np.flatnonzero(np.repeat(self.block(name), self.sizes))

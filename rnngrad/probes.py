@@ -169,14 +169,8 @@ def _at(x: LogScaled, layout: Layout, name: str | None) -> Rows:
     return logscaled.rescale_together(tuple(blocks))
 
 
-def _num_entries(layout: Layout, *names: str | None) -> int:
-    """Returns how many real entries of the state lie in all the blocks."""
-    chosen = zip(*(layout.block(name) for name in names), strict=True)
-    return sum(size for size, flags in zip(layout.sizes, chosen, strict=True) if all(flags))
-
-
 def _draw(key: Key[Array, ""], num_probes: int, layout: Layout, of: str | None, dtype: np.dtype) -> Array:
-    return jax.random.normal(key, (num_probes, _num_entries(layout, of)), dtype)
+    return jax.random.normal(key, (num_probes, layout.num_entries(of)), dtype)
 
 
 def probe_rows(key: Key[Array, ""], num_probes: int, layout: Layout, of: str | None, dtype: np.dtype) -> Rows:
@@ -241,7 +235,7 @@ def _check(num_probes: int, confidence: Real) -> None:
 def _probe_retention(cell, params, state, xs, key, *, layout, path, of, wrt, num_probes, confidence):
     run = run_forward(cell, params, state, xs)
     dtype = real_dtype(state)
-    num_rows, num_columns = _num_entries(layout, of), _num_entries(layout, wrt)
+    num_rows, num_columns = layout.num_entries(of), layout.num_entries(wrt)
     rows = probe_rows(key, num_probes, layout, of, dtype)
     then = functools.partial(spread_of, most=min(num_rows, num_columns))
     spread = chain_along(cell, params, run, rows, path=path, keep=Keep(layout, wrt, then))
@@ -249,7 +243,7 @@ def _probe_retention(cell, params, state, xs, key, *, layout, path, of, wrt, num
     ends = interval_ends(spread, num_probes, confidence)
     log_norm = spread.log_root - 0.5 * float(np.log(num_rows))
     # the rows of the identity: nothing to estimate
-    overlap = 0 if path.kind == "remainder" else _num_entries(layout, of, wrt)
+    overlap = 0 if path.kind == "remainder" else layout.num_entries(of, wrt)
     at_zero = 0.5 * float(np.log(overlap / num_rows)) if overlap else -float("inf")
     value, low, high = (
         jnp.flip(curve).at[0].set(at_zero) for curve in (log_norm, log_norm + ends[0], log_norm + ends[1])

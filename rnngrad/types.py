@@ -155,6 +155,14 @@ def check_like(found: Any, expected: Any, *, what: str, hint: str = "", dtypes: 
             raise ValueError(f"{what}{dot}{name}: expected {describe(y)}, found {describe(x)}{hint}")
 
 
+def check_arrays(tree: Any, *, what: str) -> None:
+    """Raises ValueError unless every leaf is an array, or the shape of one; names the first that is not."""
+    for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+        if not hasattr(leaf, "dtype"):
+            label = f"{what}{'.' if name else ''}{name}"
+            raise ValueError(f"{label}: expected an array, found {type(leaf).__name__} {leaf!r}")
+
+
 def check_inputs(cell: Cell, params: Params, state: State, xs: Any, *, one_sequence: bool) -> int:
     """Returns the number of steps T after checking shapes and dtypes; it works on tracers too.
 
@@ -169,10 +177,7 @@ def check_inputs(cell: Cell, params: Params, state: State, xs: Any, *, one_seque
       ValueError: names what was expected and what was found.
     """
     for part, tree in (("params", params), ("state", state), ("xs", xs)):
-        for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
-            if not hasattr(leaf, "dtype"):
-                label = f"{part}{'.' if name else ''}{name}"
-                raise ValueError(f"{label}: expected an array, found {type(leaf).__name__} {leaf!r}")
+        check_arrays(tree, what=part)
     steps = {name: jnp.shape(leaf)[:1] for name, leaf in zip(leaf_names(xs), jax.tree.leaves(xs), strict=True)}
     lengths = set(steps.values())
     if len(lengths) != 1 or lengths == {()}:

@@ -382,7 +382,7 @@ def test_help_has_an_example_and_a_line_per_option(capsys, command):
 
 
 def _plain(report):
-    return json.loads(json.dumps(commands._plain(report)))
+    return json.loads(json.dumps(commands.plain(report)))
 
 
 def test_init_report_is_the_library_s(capsys, here):

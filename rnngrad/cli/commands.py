@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import sys
 import traceback as tracebacks
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from rnngrad.cli import loading
 from rnngrad.cli.catalogue import catalogue
 from rnngrad.cli.loading import Loaded, UserError
 from rnngrad.diagnose import as_passes, diagnose
-from rnngrad.diagnose.result import draws
+from rnngrad.diagnose.result import draws, plain
 from rnngrad.init_report import InitReport as Report
 from rnngrad.init_report import init_report
 from rnngrad.interop.adapted import Adapted, run, time_major
@@ -183,20 +182,7 @@ def _show(*parts: Any) -> None:
 
 
 def _show_json(out: Any, value: Any) -> None:
-    out.write(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """NamedTuples as objects; JSON has no NaN (null) and no infinity (the word)."""
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
+    out.write(json.dumps(plain(value), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
 
 def _cells(command: Cells, out: Any) -> int:
@@ -237,7 +223,7 @@ def _init_report(command: InitReport, out: Any) -> int:
     reports = {one.name: init_report(one.cell, params, own) for one, params, own in passes}
     if command.json:
         _show_json(
-            out, {"source": adapted.source, "passes": [{"name": name, **_plain(r)} for name, r in reports.items()]}
+            out, {"source": adapted.source, "passes": [{"name": name, **plain(r)} for name, r in reports.items()]}
         )
     else:
         _show(adapted.source, *(_titled(name, report) for name, report in reports.items()))

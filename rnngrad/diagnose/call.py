@@ -34,8 +34,8 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from rnngrad.diagnose.checks import Heard, hear, lost_derivative, precision_of, saturation_of, trajectories, widened
-from rnngrad.diagnose.curves import Plan, Work, choose, curves_of
-from rnngrad.diagnose.findings import findings_of
+from rnngrad.diagnose.curves import Plan, Work, choose, curves_of, within
+from rnngrad.diagnose.findings import LEVEL, findings_of
 from rnngrad.diagnose.result import (
     Diagnosis,
     Exponents,
@@ -115,12 +115,6 @@ def _layers(one: Pass) -> list[_Layer]:
     return [_Layer(name, cell, memory(name) or None) for name, cell in named]
 
 
-def _within(layer: str, by_gate: dict[str, Any]) -> dict[str, Any]:
-    """Returns the entries of one layer's gates, under their names within it."""
-    prefix = layer + "." if layer else ""
-    return {name.removeprefix(prefix): value for name, value in by_gate.items() if name.startswith(prefix)}
-
-
 def _joined(*names: str) -> str:
     return ".".join(filter(None, names))
 
@@ -131,7 +125,7 @@ def _gate_shares(one: Pass, layer: str, flows: dict[str, LayerFlow]) -> tuple[La
     flow = flows[one.name] if alone is None else alone
     shares = {gate: float(share) for gate, share in flow.gate_share.items()}
     if alone is None:
-        shares = _within(layer, shares)
+        shares = within(layer, shares)
         total = sum(shares.values())
         shares = {gate: share / total if total else math.nan for gate, share in shares.items()}
     return flow, shares
@@ -155,20 +149,19 @@ def _constant_units(memory: str | None, states: State) -> float:
 def _work(heard: Heard) -> list[Work]:
     """Returns what the curves of every layer of a pass cost."""
     one, params, xs = heard
-    layout = layout_of(one.cell.init_state())
-    gates = leaf_names(jax.eval_shape(one.cell.preactivate, params, one.cell.init_state(), xs[0, 0]))
-    # weights that a step closes over are constants of its program
     state = one.cell.init_state()
+    layout = layout_of(state)
+    gates = leaf_names(jax.eval_shape(one.cell.preactivate, params, state, xs[0, 0]))
+    # weights that a step closes over are constants of its program
     program = jax.make_jaxpr(lambda params, state, x: one.cell.step(params, state, x)[0])(params, state, xs[0, 0])
     weights = [*jax.tree.leaves(params), *program.consts]
     num_weights = max(sum(layout.sizes), sum(jnp.size(leaf) for leaf in weights))
     found = []
     for layer in _layers(one):
-        num_gates = len(_within(layer.name, dict.fromkeys(gates)))
+        num_gates = len(within(layer.name, dict.fromkeys(gates)))
         # full, direct, twice for the remainder, and two for each gate
         num_chains = 4 + 2 * num_gates if one.has_split else 1
-        sizes = zip(layout.sizes, layout.block(layer.memory), strict=True)
-        found.append(Work(sum(size for size, is_in in sizes if is_in), num_weights, num_chains))
+        found.append(Work(layout.num_entries(layer.memory), num_weights, num_chains))
     return found
 
 
@@ -235,13 +228,13 @@ def _measure_pass(
                 has_split=one.has_split,
                 curves=found,
                 half_life=crossing(full, math.log(2)),
-                horizon=crossing(full, math.log(100)),
+                horizon=crossing(full, LEVEL),
                 direct_half_life=crossing(direct, math.log(2)),
-                direct_horizon=crossing(direct, math.log(100)),
+                direct_horizon=crossing(direct, LEVEL),
                 gate_share=shares,
                 direct_share=float(flow.direct_share),
                 loss_gradient=np.asarray(flow.log_retention, np.float64),
-                saturation=_within(layer.name, saturation),
+                saturation=within(layer.name, saturation),
                 constant_units=_constant_units(layer.memory, states),
                 init=None if of_init is None else of_init._replace(layer=name),
             )
@@ -363,12 +356,11 @@ def diagnose(
                 f"xs: expected {one.cell.input_size} features for {adapted.source}, found shape {jnp.shape(xs)}"
             )
 
-    given = hear(adapted, inputs)
+    given = heard = hear(adapted, inputs)
     wide = widened(adapted, inputs)
     if wide is not None:
-        adapted, inputs = wide
+        adapted, inputs, heard = wide
         whole = whole.astype(inputs.dtype)
-    heard = given if wide is None else hear(adapted, inputs)
     work = [of_layer for one in heard for of_layer in _work(one)]
     plan = choose(work, num_steps, num_sequences, method, num_probes)
 

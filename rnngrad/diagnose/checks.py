@@ -24,6 +24,8 @@ from rnngrad.types import Params, State, Trajectory, leaf_names
 from rnngrad.unroll import unroll
 
 LOW_PRECISION = ("bfloat16", "float16")
+LOST = 0.1
+"""Share of a difference from which its derivative counts as another: rounding in float32 makes some 10⁻⁴."""
 NUM_DIRECTIONS = 8
 """Along which the derivative is compared: one may miss the units where it is lost."""
 
@@ -145,7 +147,7 @@ def lost_derivative(
         parts = _differences(one, params, state, np.asarray(xs)[t, 0], key)
         found.append([np.asarray(part, np.float64) for part in parts])
     differences, derivatives, distances, noises = (np.stack(parts) for parts in zip(*found, strict=True))
-    is_lost = np.all(distances > np.maximum(0.1 * differences, 30 * noises), axis=0)
+    is_lost = np.all(distances > np.maximum(LOST * differences, 30 * noises), axis=0)
     share = np.where(is_lost, np.median(distances / np.maximum(differences, noises), axis=0), -1.0)
     names = leaf_names(jax.tree.map(lambda leaf: leaf[0, 0], states))
     blocks = []
@@ -230,15 +232,19 @@ def _wide_pass(one: Pass) -> Pass:
     return one._replace(cell=cell, parts=tuple(map(_wide_pass, one.parts)))
 
 
-def widened(adapted: Adapted, xs: Array) -> tuple[Adapted, Array] | None:
-    """Returns model and inputs in float32; None if nothing is narrower, or if a step rounds by itself."""
+def widened(adapted: Adapted, xs: Array) -> tuple[Adapted, Array, list[Heard]] | None:
+    """Returns model, inputs and what every pass hears in float32.
+
+    None if nothing is narrower, or if a step rounds by itself.
+    """
     if not any(leaf.dtype.name in LOW_PRECISION for leaf in jax.tree.leaves((adapted.params, xs))):
         return None
     wide = adapted._replace(
         layers=tuple(tuple(map(_wide_pass, layer)) for layer in adapted.layers), params=_float32(adapted.params)
     )
     xs = _float32(xs)
-    for heard in hear(wide, xs):
+    every = hear(wide, xs)
+    for heard in every:
         state = heard.one.cell.init_state()
         moved = jax.eval_shape(
             lambda p, s, x, one=heard.one: one.cell.step(p, s, x)[0], heard.params, state, heard.xs[0, 0]
@@ -247,4 +253,4 @@ def widened(adapted: Adapted, xs: Array) -> tuple[Adapted, Array] | None:
             return None
         if _rounded_leaves(heard.one, heard.params, state, heard.xs[0, 0]):
             return None
-    return wide, xs
+    return wide, xs, every

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,12 +79,8 @@ class _Memory(NamedTuple):
     num_probes: int
 
     @property
-    def size(self) -> int:
-        return sum(n for n, is_in in zip(self.layout.sizes, self.layout.block(self.block), strict=True) if is_in)
-
-    @property
     def keep(self) -> Keep:
-        then = _estimated(self.num_probes, self.size) if self.num_probes else _exactly
+        then = _estimated(self.num_probes, self.layout.num_entries(self.block)) if self.num_probes else _exactly
         return Keep(self.layout, self.block, then)
 
     def rows(self, key: Key[Array, ""], dtype: np.dtype) -> Rows:
@@ -158,6 +154,12 @@ def choose(work: list[Work], num_steps: int, num_sequences: int, method: str, nu
     return Plan(num_probes, fitting, f"estimated by {num_probes} random rows{of_which}; exact: {exact:.1g} operations")
 
 
+def within(layer: str, by_gate: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the entries of one layer's gates, under their names within it."""
+    prefix = layer + "." if layer else ""
+    return {name.removeprefix(prefix): value for name, value in by_gate.items() if name.startswith(prefix)}
+
+
 class _Path(NamedTuple):
     """One choice of open gates."""
 
@@ -170,8 +172,9 @@ def curves_of(
 ) -> Curves:
     """Returns every path of one layer's memory."""
     cell, own = one.cell, xs[:, : how.num_sequences]
-    memory = _Memory(layout_of(state), block, how.num_probes)
-    start = 0.5 * math.log(memory.size)
+    layout = layout_of(state)
+    memory = _Memory(layout, block, how.num_probes)
+    start = 0.5 * math.log(layout.num_entries(block))
 
     def by_lag(logs: Array, at_zero: float) -> np.ndarray:
         curve = np.flip(np.asarray(logs, np.float64), -1) - start
@@ -187,10 +190,10 @@ def curves_of(
 
     z = jax.eval_shape(cell.preactivate, params, state, own[0, 0])
     names = leaf_names(z)
-    gates = [name for name in names if not layer or name.startswith(layer + ".")]
+    gates = within(layer, dict(zip(names, names, strict=True)))
     every, none = (True,) * len(names), (False,) * len(names)
     asked = [_Path("full", every), _Path("direct", none)]
-    for gate in gates:
+    for gate in gates.values():
         chosen = select_names(names, gate, what="gate")
         asked += [_Path(f"only:{gate}", chosen), _Path(f"without:{gate}", tuple(not flag for flag in chosen))]
     is_open = np.array([curve.is_open for curve in asked])
@@ -198,23 +201,22 @@ def curves_of(
     by_path = np.moveaxis(by_lag(kept.log_norm, 0.0), 1, 0)
     found = dict(zip([curve.name for curve in asked], by_path, strict=True))
     rest = _kept_along(cell, params, state, own, key, path=parse_path("remainder", names), memory=memory)
-    short = lambda gate: gate.removeprefix(layer + ".") if layer else gate
     # a gate that does not hear the state, as the input's share of a GRU's candidate, has no path of its own
-    heard = [
-        gate
-        for gate in gates
+    heard = {
+        short: gate
+        for short, gate in gates.items()
         if not (
             np.array_equal(found[f"only:{gate}"], found["direct"])
             and np.array_equal(found[f"without:{gate}"], found["full"])
         )
-    ]
+    }
     low, high = ends(jax.tree.map(lambda leaf: leaf[:, 0], kept))
     return Curves(
         full=found["full"],
         direct=found["direct"],
         remainder=by_lag(rest.log_norm, -math.inf),
-        only={short(gate): found[f"only:{gate}"] for gate in heard},
-        without={short(gate): found[f"without:{gate}"] for gate in heard},
+        only={short: found[f"only:{gate}"] for short, gate in heard.items()},
+        without={short: found[f"without:{gate}"] for short, gate in heard.items()},
         low=low,
         high=high,
     )

@@ -41,6 +41,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from rnngrad.diagnose.checks import LOST
 from rnngrad.diagnose.result import Diagnosis, Finding, LayerDiagnosis, LostDerivative, number
 from rnngrad.init_report import FORGET_GATES
 from rnngrad.theory import forget_bias_for
@@ -52,7 +53,6 @@ SATURATED = 0.5
 DEAD = 0.1
 LEAST_SEEN = 16
 ROUNDING = 1e-2
-LOST = 0.1
 LARGE_INPUT = 5.0
 """Standardised inputs have 1."""
 DIRECT_DIFFERS = math.log(10)

@@ -151,7 +151,7 @@ class Diagnosis(NamedTuple):
 
     def to_json(self) -> str:
         """Returns everything as JSON; NaN and ±inf, which JSON has not, become null and "inf" or "-inf"."""
-        return json.dumps(_plain(self), allow_nan=False)
+        return json.dumps(plain(self), allow_nan=False)
 
     def plot(self) -> Any:
         """Returns a Matplotlib figure: one row per layer, with retention by path, by gate, and the gates themselves.
@@ -311,15 +311,16 @@ def _made_with(diagnosis: Diagnosis) -> str:
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Returns NamedTuples as objects and arrays as lists; JSON has no NaN (null) and no infinity (the word)."""
     if hasattr(value, "_asdict"):
-        return {name: _plain(inner) for name, inner in value._asdict().items()}
+        return {name: plain(inner) for name, inner in value._asdict().items()}
     if isinstance(value, Mapping):
-        return {str(name): _plain(inner) for name, inner in value.items()}
+        return {str(name): plain(inner) for name, inner in value.items()}
     if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else "inf" if value > 0 else "-inf"
     return value

@@ -39,6 +39,7 @@ from rnngrad.types import (
     ReadFn,
     State,
     UpdateFn,
+    check_arrays,
     check_like,
     describe,
     leaf_names,
@@ -111,9 +112,9 @@ def cell_of_step(
       gates: computes the pre-activations.
       returns: ``"(state, y)"`` or ``"(y, state)"`` where a library fixes it, ``"unknown"`` to find out.
     """
-    _check_leaves(params, what="params")
-    _check_leaves(state, what="state")
-    _check_leaves(example, what="example")
+    check_arrays(params, what="params")
+    check_arrays(state, what="state")
+    check_arrays(example, what="example")
     for leaf_name, leaf in zip(leaf_names(state), jax.tree.leaves(state), strict=True):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise ValueError(
@@ -158,7 +159,7 @@ def check_weights(found: Any, expected: Any, *, source: str) -> None:
             f"params are those of another model: {source} expects {len(wanted)} arrays; missing: {listed(missing)}; "
             f"not expected: {listed(unknown)}"
         )
-    _check_leaves(found, what="params")
+    check_arrays(found, what="params")
     # leaf by leaf before the structure: that of an Equinox module holds its sizes, too, and says so less plainly
     leaves = dict(zip(there, jax.tree.leaves(found), strict=True))
     for name, leaf in zip(wanted, jax.tree.leaves(expected), strict=True):
@@ -364,13 +365,6 @@ def _input_size(params: Params, state: State, example: Any) -> int | None:
 
 def _broadcast(state: State, batch_shape: tuple[int, ...] = ()) -> State:
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*batch_shape, *jnp.shape(leaf))), state)
-
-
-def _check_leaves(tree: Any, *, what: str) -> None:
-    for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
-        if not hasattr(leaf, "dtype"):
-            label = f"{what}{'.' if name else ''}{name}"
-            raise ValueError(f"{label}: expected an array, found {type(leaf).__name__} {leaf!r}")
 
 
 # --- values of a program, numbered -----------------------------------------------------------------------------------
