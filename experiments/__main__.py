@@ -22,7 +22,7 @@ import rich.markup
 import rich.table
 import tyro
 
-from experiments import claim_map, command, registry, report, results
+from experiments import claim_map, cluster, command, registry, report, results
 from experiments.claim_map import STORED
 from experiments.command import UserError
 from experiments.reproduction import SOUND, Standing, reproduce, standing
@@ -98,13 +98,20 @@ class All:
     """Experiments, or claims, instead of all."""
     jobs: int | None = None
     """Experiments at a time.  Default: 2 where there are two cores, since small networks keep one busy and no more."""
+    processes: Annotated[cluster.Processes, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=cluster.Processes
+    )
 
     def execute(self, screen: rich.console.Console) -> int:
         names = _chosen(self.only)
+        with command.user_input():
+            cluster.check(self.processes)
         jobs = min(2, os.cpu_count() or 1) if self.jobs is None else self.jobs
         if jobs < 1:
             raise UserError(f"--jobs: expected at least 1, found {jobs}")
         folder = self.out or Path("out") / ("smoke" if self.smoke else "reproduce")
+        with command.user_input():
+            cluster.meet(self.processes)
         done = reproduce(names, folder, smoke=self.smoke, jobs=jobs, screen=screen)
         # the report is about all claims: those not asked for now may have been done before
         others = [name for name in registry.NAMES if name not in names]

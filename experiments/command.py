@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +20,7 @@ import tyro
 import xarray as xr
 
 import rnngrad as rg
-from experiments import results
+from experiments import cluster, results
 from experiments.claims import Check, Claim, Verdict, judge
 from experiments.results import NotWritableError
 from experiments.statistics import CONFIDENCE
@@ -85,30 +87,56 @@ def measure(
 ) -> list[xr.Dataset]:
     """Returns the datasets of all pieces, in order; those already in ``parts`` are read from there.
 
+    What another process is measuring is left to it, and measured here if that process should end before it is done.
     Shows a progress bar; where the output is no terminal, a line per piece, ``[done/all] label``.
 
     Raises:
       OSError: a piece cannot be written.
     """
     screen = screen or rich.console.Console(quiet=True)
-    measured, resumed = [], 0
+    measured: dict[str, xr.Dataset] = {}
+    found = {"resumed": 0, "shared": 0}
     with progress(screen) as bar:
         task = bar.add_task("measuring", total=len(pieces))
-        for done, piece in enumerate(pieces):
-            bar.update(task, description=piece.label)
-            if not screen.is_terminal:
-                screen.print(f"[{done}/{len(pieces)}] {piece.label}", markup=False, highlight=False, soft_wrap=True)
-            if parts is None:
-                part = piece.measure()
-            else:
-                part, was_there = parts.get(piece.name, piece.measure)
-                resumed += was_there
-            measured.append(part.drop_attrs(deep=False))
-            bar.advance(task)
-    if resumed:
-        screen.print(f"resumed: {resumed} of {len(pieces)} parts were already measured")
-    return measured
 
+        def say(label: str) -> None:
+            bar.update(task, description=label)
+            if not screen.is_terminal:
+                said = f"[{len(measured)}/{len(pieces)}] {label}"
+                screen.print(said, markup=False, highlight=False, soft_wrap=True)
+
+        def make(piece: Piece) -> xr.Dataset:
+            say(piece.label)
+            return piece.measure()
+
+        how = "resumed"
+        while True:
+            before = len(measured)
+            for piece in [piece for piece in pieces if piece.name not in measured]:
+                own = functools.partial(make, piece)
+                got = (own(), False) if parts is None else parts.get(piece.name, own)
+                if got is None:
+                    continue
+                part, was_there = got
+                measured[piece.name] = part.drop_attrs(deep=False)
+                found[how] += was_there
+                bar.advance(task)
+            if len(measured) == len(pieces):
+                break
+            if how == "resumed":
+                say("waiting for other processes")
+            how = "shared"
+            if len(measured) == before:
+                time.sleep(_LOOK_AGAIN)
+    if found["resumed"]:
+        screen.print(f"resumed: {found['resumed']} of {len(pieces)} parts were already measured")
+    if found["shared"]:
+        screen.print(f"shared: {found['shared']} of {len(pieces)} parts were measured by other processes")
+    return [measured[piece.name] for piece in pieces]
+
+
+_LOOK_AGAIN = 0.2
+"""Seconds between two looks at what other processes have finished."""
 
 _ANSWERS = {True: "yes", False: "[bold]no[/bold]", None: "cannot tell"}
 
@@ -203,31 +231,38 @@ def provenance(name: str, config: Any, *, seconds: float, dtype: Any = "float32"
     )
 
 
-def execute(experiment: Experiment, config: Any, *, out: Path, show: Path | None) -> None:
+def is_of(dataset: xr.Dataset, config: Any) -> bool:
+    """Returns whether a stored result was made with these settings; a place on a machine is none."""
+    wanted = {name: value for name, value in config_dict(config).items() if name != "data_dir"}
+    found = json.loads(dataset.attrs["config"])
+    return {name: value for name, value in found.items() if name != "data_dir"} == json.loads(json.dumps(wanted))
+
+
+def _finished(experiment: Experiment, config: Any, file: Path) -> xr.Dataset | None:
+    """Returns the result in a file if these sources made it with these settings."""
+    try:
+        dataset = results.load(file, experiment=experiment.name)
+    except (FileNotFoundError, ValueError):
+        return None
+    is_new = dataset.attrs["source_digest"] == results.source_digest(experiment.name)
+    return dataset if is_new and is_of(dataset, config) else None
+
+
+def execute(experiment: Experiment, config: Any, options: Options) -> None:
     """Runs an experiment, or shows a stored one: table and verdict in the terminal, figure and netCDF in ``out``.
 
     User errors end the program with one line and exit code 2, a failed write with 1, an interruption with 130.
     """
     started = time.perf_counter()
     screen = console()
-    picture_files, result_file = experiment.picture_files(out), out / f"{experiment.name}.nc"
-    parts = results.Parts(out, experiment=experiment.name, config=config_dict(config))
     try:
-        results.writable_folder(out)
-        if show is not None:
+        results.writable_folder(options.out)
+        if options.show is not None:
             with user_input():
-                dataset = results.load(show, experiment=experiment.name)
+                dataset = results.load(options.show, experiment=experiment.name)
+            written = _show(experiment, dataset, options.out, screen)
         else:
-            dataset = experiment.run(config, parts=parts, screen=screen)
-            results.save(dataset, result_file)
-        screen.print(experiment.table(dataset))
-        screen.print(check_table(experiment.verdict(dataset)))
-        for verdict in experiment.verdicts(dataset):
-            screen.print(str(verdict), markup=False, highlight=False, soft_wrap=True)
-        for picture, file in zip(experiment.pictures, picture_files, strict=True):
-            with results.whole_file(file) as temporary:
-                picture.draw(dataset).savefig(temporary, dpi=150)
-        parts.discard()
+            written = _run(experiment, config, options, screen)
     except KeyboardInterrupt:
         print("\ninterrupted: finished parts are kept, the same command resumes", file=sys.stderr)
         raise SystemExit(130) from None
@@ -235,9 +270,46 @@ def execute(experiment: Experiment, config: Any, *, out: Path, show: Path | None
         fail(error, code=2)
     except OSError as error:
         fail(error, code=2 if isinstance(error, FileNotFoundError | NotWritableError) else 1)
-    written = picture_files if show is not None else [result_file, *picture_files]
-    seconds = time.perf_counter() - started
-    screen.print(f"wrote {' and '.join(map(str, written))} after {seconds:.0f} s", soft_wrap=True, highlight=False)
+    files = " and ".join(map(str, written))
+    what = f"wrote {files}" if written else f"the result in {options.out} was written by another process"
+    screen.print(f"{what} after {time.perf_counter() - started:.0f} s", soft_wrap=True, highlight=False)
+
+
+def _run(experiment: Experiment, config: Any, options: Options, screen: rich.console.Console) -> list[Path]:
+    """Measures, alone or with other processes; returns the files that this one wrote."""
+    file = options.out / f"{experiment.name}.nc"
+    parts = results.Parts(options.out, experiment=experiment.name, config=config_dict(config))
+    with parts.membership():
+        with user_input():
+            cluster.meet(options.processes)
+        there = _finished(experiment, config, file) if options.unless_done else None
+        if there is not None:
+            screen.print(f"{file}: done before with these settings and sources", soft_wrap=True, highlight=False)
+            return _show(experiment, there, options.out, screen)
+        dataset = experiment.run(config, parts=parts, screen=screen)
+        with parts.writing() as is_first:
+            if is_first:
+                results.save(dataset, file)
+                return [file, *_show(experiment, dataset, options.out, screen)]
+        _show(experiment, dataset, None, screen)
+        return []
+
+
+def _show(experiment: Experiment, dataset: xr.Dataset, folder: Path | None, screen: rich.console.Console) -> list[Path]:
+    """Prints table and verdict, and draws the figures into a folder; returns their files."""
+    screen.print(experiment.table(dataset))
+    checks = experiment.verdict(dataset)
+    if checks:
+        screen.print(check_table(checks))
+    for verdict in experiment.verdicts(dataset):
+        screen.print(str(verdict), markup=False, highlight=False, soft_wrap=True)
+    if folder is None:
+        return []
+    files = experiment.picture_files(folder)
+    for picture, file in zip(experiment.pictures, files, strict=True):
+        with results.whole_file(file) as temporary:
+            picture.draw(dataset).savefig(temporary, dpi=150)
+    return files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +322,11 @@ class Options:
     """Small defaults that finish in seconds; other flags still apply."""
     show: Path | None = None
     """Show a stored result file instead of running: the table, the verdict, and the figure drawn again."""
+    unless_done: bool = False
+    """Run only if the folder holds no result of these settings and sources yet."""
+    processes: Annotated[cluster.Processes, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=cluster.Processes
+    )
 
 
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None:
@@ -269,4 +346,4 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None
         prog=f"python -m experiments.{experiment.name}",
         description=experiment.about,
     )
-    execute(experiment, given.config, out=given.options.out, show=given.options.show)
+    execute(experiment, given.config, given.options)

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ import rich.console
 import rich.progress
 import xarray as xr
 
-from experiments import command, registry, results
+from experiments import cluster, command, registry, results
 from experiments.claims import Check, Verdict
 from experiments.command import Experiment, UserError
 
@@ -56,13 +57,6 @@ def _failures(folder: Path) -> dict[str, str]:
     return {str(name): str(reason) for name, reason in found.items()} if isinstance(found, dict) else {}
 
 
-def _is_of(dataset: xr.Dataset, config: Any) -> bool:
-    """Whether the stored settings are these; a place on a machine is none."""
-    wanted = {name: value for name, value in command.config_dict(config).items() if name != "data_dir"}
-    found = json.loads(dataset.attrs["config"])
-    return {name: value for name, value in found.items() if name != "data_dir"} == json.loads(json.dumps(wanted))
-
-
 def standing(experiment: Experiment, folder: Path, *, smoke: bool = False) -> Standing:
     """Returns what ``folder`` holds of an experiment, its verdicts recomputed from the stored data."""
     file = folder / f"{experiment.name}.nc"
@@ -73,7 +67,7 @@ def standing(experiment: Experiment, folder: Path, *, smoke: bool = False) -> St
     try:
         dataset = results.load(file, experiment=experiment.name)
         checks, verdicts = tuple(experiment.verdict(dataset)), tuple(experiment.verdicts(dataset))
-        is_of = _is_of(dataset, experiment.smoke if smoke else experiment.default)
+        is_of = command.is_of(dataset, experiment.smoke if smoke else experiment.default)
         is_new = dataset.attrs["source_digest"] == results.source_digest(experiment.name)
         float(dataset.attrs["seconds"])
         json.loads(dataset.attrs["versions"])
@@ -157,14 +151,15 @@ def program(name: str) -> list[str]:
 
 
 def _run_one(
-    name: str, folder: Path, *, smoke: bool, processes: _Processes, bar: rich.progress.Progress
+    name: str, folder: Path, log_file: Path, *, smoke: bool, processes: _Processes, bar: rich.progress.Progress
 ) -> tuple[str | None, float]:
     """Returns why the experiment failed, None if it did not, and the seconds it took."""
     environment = dict(os.environ, MPLBACKEND="Agg", PYTHONUNBUFFERED="1", COLUMNS="150", PYTHONIOENCODING="utf-8")
     environment["JAX_TRACEBACK_FILTERING"] = "off"  # else a traceback ends in a remark on its filtering
     if smoke:  # nearly all of it is compiling
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
-    words = [*program(name), "--out", str(folder), *(["--smoke"] if smoke else [])]
+    environment |= cluster.visible_devices()
+    words = [*program(name), "--out", str(folder), "--unless-done", *(["--smoke"] if smoke else [])]
     started = time.perf_counter()
     process = processes.start(words, environment)
     if process is None or process.stdout is None:
@@ -172,7 +167,7 @@ def _run_one(
     task = bar.add_task(f"  {name}", total=None)
     said: list[str] = []
     try:
-        with process.stdout as lines, (folder / "logs" / f"{name}.log").open("w", encoding="utf-8") as log:
+        with process.stdout as lines, log_file.open("w", encoding="utf-8") as log:
             for line in lines:
                 log.write(line)
                 said.append(line)
@@ -202,12 +197,15 @@ class Reproduced(NamedTuple):
     interrupted: bool
 
 
-def _write_failures(folder: Path, failures: Mapping[str, str]) -> None:
-    if not failures:
-        (folder / "failures.json").unlink(missing_ok=True)
-        return
-    with results.whole_file(folder / "failures.json") as temporary:
-        temporary.write_text(json.dumps(dict(failures), indent=1, ensure_ascii=False), encoding="utf-8")
+def _note_failures(folder: Path, tried: Mapping[str, str | None]) -> None:
+    """Writes down why experiments failed, or (None) that they did not; what is noted of others stays."""
+    with results.lock(folder / "logs" / ".failures.lock", wait=True):
+        noted = {name: reason for name, reason in {**_failures(folder), **tried}.items() if reason is not None}
+        if not noted:
+            (folder / "failures.json").unlink(missing_ok=True)
+            return
+        with results.whole_file(folder / "failures.json") as temporary:
+            temporary.write_text(json.dumps(noted, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -235,32 +233,42 @@ def reproduce(
       UserError: a smoke run would replace full results.
     """
     results.writable_folder(folder / "logs")
-    experiments = registry.experiments(names)
-    before = {experiment.name: standing(experiment, folder, smoke=smoke) for experiment in experiments}
+    experiments = {experiment.name: experiment for experiment in registry.experiments(names)}
     if smoke:
-        for experiment in experiments:
-            if before[experiment.name].state == "other settings" and (standing(experiment, folder).state in SOUND):
+        for experiment in experiments.values():
+            is_other = standing(experiment, folder, smoke=True).state == "other settings"
+            if is_other and standing(experiment, folder).state in SOUND:
                 raise UserError(f"{folder} holds full results, which --smoke would replace; choose another folder")
-    # drawn last: without its pictures a result is not finished, whatever stopped it
-    is_whole = {at.name: all(file.exists() for file in at.picture_files(folder)) for at in experiments}
-    failures = {name: reason for name, reason in _failures(folder).items() if name not in names}
-    _write_failures(folder, failures)  # what crashed before is tried again
+    done_before: set[str] = set()
+    others: list[str] = []  # what is left to other machines at first
+    failures: dict[str, str] = {}
+    _note_failures(folder, dict.fromkeys(names))  # what crashed before is tried again
     processes, interrupted, lock = _Processes(), False, threading.Lock()
     with command.progress(screen) as bar, _terminable():
         whole = bar.add_task("all claims", total=len(names))
 
-        def one(name: str) -> None:
+        def one(name: str, *, join: bool) -> bool:
+            """Runs one experiment, unless another machine is at it and ``join`` is not asked for: then returns True."""
+            with results.lock(folder / "logs" / f".{name}.lock") as is_first:
+                if not is_first and not join:
+                    return True
+                at = standing(experiments[name], folder, smoke=smoke)
+                if at.state == "done" and all(file.exists() for file in experiments[name].picture_files(folder)):
+                    # drawn last: without its pictures a result is not finished, whatever stopped it
+                    done_before.add(name)
+                    screen.print(f"{name}: done before with these settings and sources", highlight=False)
+                    bar.advance(whole)
+                    return False
+                if is_first and at.state in ("other settings", "older sources"):
+                    screen.print(f"{name}: a result is there, but of {at.state}: made again", highlight=False)
+                ending = "" if is_first else f"-{socket.gethostname()}-{os.getpid()}"
+                attempt(name, folder / "logs" / f"{name}{ending}.log")
+            return False
+
+        def attempt(name: str, log_file: Path) -> None:
             nonlocal interrupted
-            at = before[name]
-            if at.state == "done" and is_whole[name]:
-                before[name] = at._replace(state="done before")
-                screen.print(f"{name}: done before with these settings and sources", highlight=False)
-                bar.advance(whole)
-                return
-            if at.state in ("other settings", "older sources"):
-                screen.print(f"{name}: a result is there, but of {at.state}: made again", highlight=False)
             try:
-                reason, seconds = _run_one(name, folder, smoke=smoke, processes=processes, bar=bar)
+                reason, seconds = _run_one(name, folder, log_file, smoke=smoke, processes=processes, bar=bar)
             except OSError as error:  # a full disk, say
                 reason, seconds = f"{type(error).__name__}: {error}", 0.0
             if reason == "interrupted":
@@ -270,28 +278,32 @@ def reproduce(
                 with lock:
                     failures[name] = reason
                 screen.print(f"[bold]{name}: crashed[/bold] after {seconds:.0f} s: ", end="")
-                screen.print(f"{reason} (logs/{name}.log)", markup=False, highlight=False)
+                screen.print(f"{reason} (logs/{log_file.name})", markup=False, highlight=False)
             else:
                 screen.print(f"{name}: done after {seconds:.0f} s", highlight=False)
             bar.advance(whole)
 
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             try:
-                futures = [pool.submit(one, name) for name in names]
-                for future in concurrent.futures.as_completed(futures):
-                    future.result()
+                # first what nobody is at, then a hand for the others
+                for join, left in ((False, list(names)), (True, others)):
+                    futures = {pool.submit(one, name, join=join): name for name in left}
+                    for future in concurrent.futures.as_completed(futures):
+                        if future.result():
+                            others.append(futures[future])
             except BaseException as error:
                 processes.stop()
                 pool.shutdown(wait=True, cancel_futures=True)
                 if not isinstance(error, KeyboardInterrupt):
                     raise
                 interrupted = True
-        _write_failures(folder, failures)
+        _note_failures(folder, failures)
     after = []
-    for experiment in experiments:
-        at = before[experiment.name]
-        now = at if at.state == "done before" else standing(experiment, folder, smoke=smoke)
-        if experiment.name in failures:
-            now = now._replace(state="crashed", reason=failures[experiment.name])
+    for name, experiment in experiments.items():
+        now = standing(experiment, folder, smoke=smoke)
+        if name in failures:
+            now = now._replace(state="crashed", reason=failures[name])
+        elif name in done_before and now.state == "done":
+            now = now._replace(state="done before")
         after.append(now)
     return Reproduced(after, interrupted)

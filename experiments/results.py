@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import os
@@ -147,11 +148,40 @@ def writable_folder(path: Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Yields whether this process holds the lock of that name: nobody else does, on whatever machine.
+
+    The operating system takes it back when the process ends, whatever way.
+
+    Args:
+      path: a file, made if need be; it stays.
+      wait: until whoever holds it gives it back.
+
+    Raises:
+      OSError: the folder is not writable, or its file system has no locks.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        yield _locks(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    finally:
+        os.close(handle)
+
+
+def _locks(handle: int, kind: int) -> bool:
+    try:
+        fcntl.flock(handle, kind)
+    except BlockingIOError:
+        return False
+    return True
+
+
 class Parts:
-    """Finished parts of a run, kept so that an interrupted run resumes.
+    """Finished parts of a run, kept so that an interrupted run resumes, and shared by the processes that work on it.
 
     Parts live in a folder named by a digest of the configuration and of the code, so parts of another run are never
-    taken for this one's.
+    taken for this one's.  Each is written whole or not at all.  Locks spare the processes from making a part twice;
+    were one to fail, a part would be made twice and be the same, since it depends on the configuration alone.
     """
 
     def __init__(self, folder: Path, *, experiment: str, config: Mapping[str, Any]) -> None:
@@ -159,22 +189,80 @@ class Parts:
         self.folder = folder / f".parts-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
         self.experiment = f"part of {experiment}"  # never taken for a whole result
 
-    def get(self, name: str, make: Callable[[], xr.Dataset]) -> tuple[xr.Dataset, bool]:
-        """Returns the part and whether it was already there; an unreadable part is made again."""
-        file = self.folder / f"{name}.nc"
+    def _read(self, file: Path) -> xr.Dataset | None:
         if file.exists():
-            try:
-                return load(file, experiment=self.experiment), True
-            except ValueError:
-                file.unlink()
-        part = make().assign_attrs(experiment=self.experiment)
+            with contextlib.suppress(ValueError, FileNotFoundError):  # unreadable: it is made again
+                return load(file, experiment=self.experiment)
+        return None
+
+    def get(self, name: str, make: Callable[[], xr.Dataset]) -> tuple[xr.Dataset, bool] | None:
+        """Returns the part and whether it was already there; None while another process is making it.
+
+        An unreadable part is made again.
+        """
+        file, claim = self.folder / f"{name}.nc", self.folder / f".{name}.lock"
+        part = self._read(file)
+        if part is not None:
+            return part, True
         self.folder.mkdir(exist_ok=True)
-        save(part, file)
-        return part, False
+        with lock(claim) as is_mine:
+            if not is_mine:
+                return None
+            part = self._read(file)  # finished by another process just now
+            if part is not None:
+                return part, True
+            save(make().assign_attrs(experiment=self.experiment), file)
+            claim.unlink(missing_ok=True)
+        # read back, so that a run sees the same whether it made a part or found it
+        return load(file, experiment=self.experiment), False
+
+    @contextlib.contextmanager
+    def membership(self) -> Iterator[None]:
+        """Counts this process among those that work on the run.
+
+        Who finds itself alone clears away what killed processes left half done.  Who leaves as the last one removes the
+        parts, if it leaves in good order, since then the whole result is written, or if there are none.
+        """
+        path = self.folder / ".members"
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:  # the last of the others has just removed the folder
+                continue
+            if _locks(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                (self.folder / _WRITTEN).unlink(missing_ok=True)
+                for file in self.folder.glob(".*.nc"):
+                    file.unlink(missing_ok=True)
+            _locks(handle, fcntl.LOCK_SH)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), path.stat()):
+                    break
+            os.close(handle)
+        is_done = False
+        try:
+            yield
+            is_done = True
+        finally:
+            if (is_done or not list(self.folder.glob("*.nc"))) and _locks(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                self.discard()
+            os.close(handle)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[bool]:
+        """Yields whether this process is to write the whole result: the first one that has all parts."""
+        with lock(self.folder / ".writing", wait=True):
+            is_first = not (self.folder / _WRITTEN).exists()
+            yield is_first
+            (self.folder / _WRITTEN).touch()
 
     def discard(self) -> None:
-        """Removes the parts once the whole result is written."""
-        for file in self.folder.glob("*.nc"):
-            file.unlink()
-        if self.folder.exists():
-            self.folder.rmdir()
+        """Removes the parts."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for file in self.folder.iterdir():
+                file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a process of a new run has come in meanwhile
+                self.folder.rmdir()
+
+
+_WRITTEN = ".written"

@@ -191,13 +191,13 @@ def test_interrupted_run_resumes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bounds, "_measure_gate_row", interrupted)
     with pytest.raises(SystemExit):
-        command.execute(bounds.EXPERIMENT, config, out=tmp_path, show=None)
+        command.execute(bounds.EXPERIMENT, config, command.Options(out=tmp_path))
 
     def again(*_):
         raise AssertionError("this part was already measured")
 
     monkeypatch.setattr(bounds, "_measure_row", again)
-    command.execute(bounds.EXPERIMENT, config, out=tmp_path, show=None)
+    command.execute(bounds.EXPERIMENT, config, command.Options(out=tmp_path))
     monkeypatch.undo()
     stored = results.load(tmp_path / "bounds.nc", experiment="bounds")
     xr.testing.assert_equal(stored, bounds.run(config))

@@ -99,7 +99,7 @@ def test_help_describes_every_setting(name, capsys):
 @pytest.mark.parametrize("name", ["lyapunov_gates", "truncated_gradient", "gain_transition"])
 def test_a_rerun_with_the_same_seeds_agrees_with_the_stored_result(name, tmp_path):
     (experiment,) = registry.experiments([name])
-    command.execute(experiment, experiment.default, out=tmp_path, show=None)
+    command.execute(experiment, experiment.default, command.Options(out=tmp_path))
     now, stored = reproduction.standing(experiment, tmp_path), reproduction.standing(experiment, STORED)
     agreement = report.against(now, stored)
     assert agreement is not None
@@ -275,10 +275,10 @@ def test_interrupted_run_resumes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(retention, "_measure_row", counting)
     with pytest.raises(SystemExit) as stopped:
-        command.execute(retention.EXPERIMENT, TINY, out=tmp_path / "o", show=None)
+        command.execute(retention.EXPERIMENT, TINY, command.Options(out=tmp_path / "o"))
     assert stopped.value.code == 130
     assert not (tmp_path / "o" / "retention.nc").exists()
-    command.execute(retention.EXPERIMENT, TINY, out=tmp_path / "o", show=None)
+    command.execute(retention.EXPERIMENT, TINY, command.Options(out=tmp_path / "o"))
     assert measured == [("lstm", "torch"), ("lstm", "chrono"), ("vanilla", "torch")]
     assert sorted(file.name for file in (tmp_path / "o").iterdir()) == ["retention.nc", "retention.png"]
     resumed = results.load(tmp_path / "o" / "retention.nc", experiment="retention")
@@ -349,7 +349,7 @@ def test_a_programming_error_keeps_its_traceback(tmp_path, monkeypatch):
 
     monkeypatch.setattr(retention, "_measure_row", broken)
     with pytest.raises(ValueError, match="a bug"):
-        command.execute(retention.EXPERIMENT, TINY, out=tmp_path, show=None)
+        command.execute(retention.EXPERIMENT, TINY, command.Options(out=tmp_path))
 
 
 def test_full_disk_at_the_end_is_one_line_and_keeps_the_parts(tmp_path, monkeypatch, capsys):
@@ -362,7 +362,7 @@ def test_full_disk_at_the_end_is_one_line_and_keeps_the_parts(tmp_path, monkeypa
 
     monkeypatch.setattr(results, "save", full)
     with pytest.raises(SystemExit) as stopped:
-        command.execute(retention.EXPERIMENT, TINY, out=tmp_path, show=None)
+        command.execute(retention.EXPERIMENT, TINY, command.Options(out=tmp_path))
     assert stopped.value.code == 1
     assert "No space left on device" in capsys.readouterr().err
     assert len(list(tmp_path.glob(".parts-*/*.nc"))) == 3

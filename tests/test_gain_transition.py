@@ -165,8 +165,8 @@ def test_interrupted_run_resumes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gain_transition, "_measure_row", interrupted)
     with pytest.raises(SystemExit):
-        command.execute(gain_transition.EXPERIMENT, config, out=tmp_path, show=None)
-    command.execute(gain_transition.EXPERIMENT, config, out=tmp_path, show=None)
+        command.execute(gain_transition.EXPERIMENT, config, command.Options(out=tmp_path))
+    command.execute(gain_transition.EXPERIMENT, config, command.Options(out=tmp_path))
     assert calls == [0.0, 1.0, 1.0]
     stored = results.load(tmp_path / "gain_transition.nc", experiment="gain_transition")
     xr.testing.assert_equal(stored, gain_transition.run(config))

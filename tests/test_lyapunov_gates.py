@@ -91,9 +91,9 @@ def test_interrupted_run_resumes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lyapunov_gates, "_measure_row", counting)
     with pytest.raises(SystemExit) as stopped:
-        command.execute(lyapunov_gates.EXPERIMENT, TINY, out=tmp_path / "o", show=None)
+        command.execute(lyapunov_gates.EXPERIMENT, TINY, command.Options(out=tmp_path / "o"))
     assert stopped.value.code == 130
-    command.execute(lyapunov_gates.EXPERIMENT, TINY, out=tmp_path / "o", show=None)
+    command.execute(lyapunov_gates.EXPERIMENT, TINY, command.Options(out=tmp_path / "o"))
     assert measured == [0.0, 5.0]
     resumed = results.load(tmp_path / "o" / "lyapunov_gates.nc", experiment="lyapunov_gates")
     xr.testing.assert_equal(resumed, lyapunov_gates.run(TINY))

@@ -168,7 +168,7 @@ def test_a_picture_that_fails_takes_nothing_along_and_the_claim_is_tried_again(t
 
 
 def test_smoke_does_not_replace_full_results(three, capsys):
-    command.execute(invented("bounds"), Config(), out=three, show=None)
+    command.execute(invented("bounds"), Config(), command.Options(out=three))
     with pytest.raises(SystemExit) as stopped:
         commands.main(["all", "--smoke", "--only", "A1", "--out", str(three)])
     assert stopped.value.code == 2

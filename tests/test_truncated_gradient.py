@@ -142,9 +142,9 @@ def test_interrupted_run_resumes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(truncated_gradient, "_measure_row", counting)
     with pytest.raises(SystemExit) as stopped:
-        command.execute(truncated_gradient.EXPERIMENT, TINY, out=tmp_path / "o", show=None)
+        command.execute(truncated_gradient.EXPERIMENT, TINY, command.Options(out=tmp_path / "o"))
     assert stopped.value.code == 130
-    command.execute(truncated_gradient.EXPERIMENT, TINY, out=tmp_path / "o", show=None)
+    command.execute(truncated_gradient.EXPERIMENT, TINY, command.Options(out=tmp_path / "o"))
     assert measured == [2, 6]
     resumed = results.load(tmp_path / "o" / "truncated_gradient.nc", experiment="truncated_gradient")
     xr.testing.assert_equal(resumed, truncated_gradient.run(TINY))
