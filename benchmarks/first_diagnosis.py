@@ -6,21 +6,16 @@ a sequence must lie in the intervals first, where those of random rows are taken
 
 from __future__ import annotations
 
-import json
-import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
+from typing import Any
 
-from benchmarks.harness import Row
+from benchmarks.harness import Row, in_own_process, judged, median_and_range
 
-_ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {128: 10.0, 1024: 60.0}
 """Seconds by N."""
 
 
-def measure(hidden_size: int, num_steps: int) -> dict[str, object]:
+def measure(hidden_size: int, num_steps: int) -> dict[str, Any]:
     """Diagnoses in this process and returns seconds and how the curves were computed."""
     import jax
     import numpy as np
@@ -55,28 +50,10 @@ def run(*, smoke: bool = False) -> list[Row]:
     num_steps, repeats = (20, 1) if smoke else (200, 3)
     rows = []
     for hidden_size, limit in sizes.items():
-        code = (
-            "import json; from benchmarks.first_diagnosis import measure; "
-            f"print(json.dumps(measure({hidden_size}, {num_steps})))"
-        )
-        found = []
-        for _ in range(repeats):
-            done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"the measuring process failed: {done.stderr.strip()}")
-            found.append(json.loads(done.stdout.splitlines()[-1]))
-        seconds = [float(one["seconds"]) for one in found]
-        value = statistics.median(seconds)
-        rows.append(
-            Row(
-                "first_diagnosis",
-                f"seconds of the first rg.diagnose of an nnx LSTM, compiled anew, N = {hidden_size}, (T, B) = "
-                f"({num_steps}, 8)",
-                value,
-                (min(seconds), max(seconds)),
-                f"≤ {limit:g}",
-                value <= limit,
-                {"N": hidden_size, "T": num_steps, "B": 8, "dtype": "float32", "method": found[0]["method"]},
-            )
-        )
+        found = [in_own_process(measure, hidden_size, num_steps) for _ in range(repeats)]
+        details = {"N": hidden_size, "T": num_steps, "B": 8, "dtype": "float32", "method": found[0]["method"]}
+        size = f"N = {hidden_size}, (T, B) = ({num_steps}, 8)"
+        what = f"seconds of the first rg.diagnose of an nnx LSTM, compiled anew, {size}"
+        measured = median_and_range([float(one["seconds"]) for one in found])
+        rows.append(judged("first_diagnosis", what, measured, f"≤ {limit:g}", details))
     return rows

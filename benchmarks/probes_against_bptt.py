@@ -17,20 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import rnngrad as rg
-from benchmarks.harness import Row, milliseconds, ratio, timed
+from benchmarks.harness import Row, judged, lstm_problem, milliseconds, ratio, timed
 
 NUM_PROBES = BATCH = 16
 
 
-def _problem(n: int, num_steps: int) -> tuple[rg.Cell, Any, Any, jax.Array]:
-    cell = rg.cells.lstm(n, n, forget_bias=1.0)
-    xs = jax.random.normal(jax.random.key(1), (num_steps, n))
-    return cell, cell.init(jax.random.key(0)), cell.init_state(), xs
-
-
 def _check_against_the_exact_curve(n: int, num_steps: int) -> float:
     """Returns the share of lags whose 95 % interval holds the exact value, after asserting that none is far off."""
-    cell, params, state, xs = _problem(n, num_steps)
+    cell, params, state, xs = lstm_problem(n, num_steps)
     curve = rg.probe_retention(cell, params, state, xs, jax.random.key(2), of="c", wrt="c")
     exact = np.asarray(rg.retention(cell, params, state, xs, of="c", wrt="c").log_norm)
     width = np.asarray(curve.high - curve.low)[1:]
@@ -61,7 +55,7 @@ def run(*, smoke: bool = False) -> list[Row]:
     """Returns the ratio; N = 2,048, T = 256, or a few steps with ``smoke``."""
     n, num_steps, repeats = (32, 20, 2) if smoke else (2048, 256, 5)
     covered = _check_against_the_exact_curve(16 if smoke else 128, num_steps)
-    cell, params, state, xs = _problem(n, num_steps)
+    cell, params, state, xs = lstm_problem(n, num_steps)
     key = jax.random.key(2)
     ours = lambda: rg.probe_retention(cell, params, state, xs, key, num_probes=NUM_PROBES, of="c", wrt="c")
     _check_one_lag(cell, params, state, xs, ours(), key, lag=10)
@@ -74,7 +68,6 @@ def run(*, smoke: bool = False) -> list[Row]:
         return jax.grad(lambda p: jnp.mean(jnp.square(rg.unroll(cell, p, batch_state, xs).states.h)))(params)
 
     timings = timed({"probes": ours, "BPTT": lambda: bptt(params, batch)}, repeats)
-    value, spread = ratio(timings, "probes", "BPTT")
     details = {
         "N": n,
         "T": num_steps,
@@ -84,14 +77,5 @@ def run(*, smoke: bool = False) -> list[Row]:
         "lags of the smaller curve inside their 95 % interval": round(covered, 3),
         "timings": milliseconds(timings),
     }
-    return [
-        Row(
-            "probes_against_bptt",
-            f"time of all {num_steps} lags by {NUM_PROBES} probes at N = {n} / time of one BPTT at batch {BATCH}",
-            value,
-            spread,
-            "≤ 1.5",
-            value <= 1.5,
-            details,
-        )
-    ]
+    what = f"time of all {num_steps} lags by {NUM_PROBES} probes at N = {n} / time of one BPTT at batch {BATCH}"
+    return [judged("probes_against_bptt", what, ratio(timings, "probes", "BPTT"), "≤ 1.5", details)]

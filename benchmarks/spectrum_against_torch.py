@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import rnngrad as rg
-from benchmarks.harness import Row, milliseconds, ratio, timed
+from benchmarks.harness import Row, judged, lstm_problem, milliseconds, ratio, timed, torch_beside_jax
 
 REQUIRES = "torch"
 """Package beside the project's own; without it the benchmark is left out, and that is said."""
@@ -59,30 +59,31 @@ def by_hand(w_hh: Any, x: Any, h: Any, c: Any, frame: Any) -> tuple[Any, Any, An
     return o * squashed, new_c, torch.cat([d_h, d_c], dim=1)
 
 
-def torch_spectrum(step: Callable[..., Any], params: rg.cells.LSTMParams, xs: np.ndarray) -> np.ndarray:
+def torch_spectrum(step: Callable[..., Any], params: rg.cells.LSTMParams, xs: Any) -> np.ndarray:
     """Returns all exponents over the whole run, by a PyTorch loop."""
     import torch
 
-    w_ih, w_hh, b = (torch.from_numpy(np.array(leaf)) for leaf in params)
-    inputs = torch.from_numpy(np.array(xs)) @ w_ih.T + b
+    peer = torch_beside_jax()
+    w_ih, w_hh, b, xs = peer.tensors(*params, xs)
+    inputs = xs @ w_ih.T + b
     n = w_hh.shape[1]
-    h, c = torch.zeros(n), torch.zeros(n)
-    frame, total = torch.eye(2 * n), torch.zeros(2 * n)
+    zeros = functools.partial(torch.zeros, device=peer.device)
+    h, c = zeros(n), zeros(n)
+    frame, total = torch.eye(2 * n, device=peer.device), zeros(2 * n)
     with torch.no_grad():
         for x in inputs:
             h, c, moved = step(w_hh, x, h, c, frame)
             columns, triangle = torch.linalg.qr(moved.T)
             frame = columns.T
             total += torch.log(torch.abs(torch.diagonal(triangle)))
-    return (total / len(inputs)).numpy()
+    # the copy waits for the device
+    return (total / len(inputs)).cpu().numpy()
 
 
 def run(*, smoke: bool = False) -> list[Row]:
     """Returns the ratios; N = 128, T = 1000, or a few steps with ``smoke``."""
     n, num_steps, repeats = (12, 200, 2) if smoke else (128, 1000, 5)
-    cell = rg.cells.lstm(n, n, forget_bias=1.0)
-    params, state = cell.init(jax.random.key(0)), cell.init_state()
-    xs = jax.random.normal(jax.random.key(1), (num_steps, n))
+    cell, params, state, xs = lstm_problem(n, num_steps)
     weights, inputs = jax.tree.map(np.asarray, (params, xs))
 
     ours = lambda: rg.lyapunov_spectrum(cell, params, state, xs, num_blocks=10)
@@ -93,16 +94,13 @@ def run(*, smoke: bool = False) -> list[Row]:
         np.testing.assert_allclose(ours().exponents, functions[label](), atol=20 / num_steps)
         np.testing.assert_allclose(ours().exponents.sum(), functions[label]().sum(), rtol=1e-3)
 
-    import torch
-
     timings = timed(functions, repeats)
     details = {
         "N": n,
         "T": num_steps,
         "exponents": 2 * n,
         "dtype": "float32",
-        "torch": torch.__version__,
-        "torch threads": torch.get_num_threads(),
+        **torch_beside_jax().facts(),
         "timings": milliseconds(timings),
     }
     rows = []
@@ -110,7 +108,6 @@ def run(*, smoke: bool = False) -> list[Row]:
         ("torch.func", "a PyTorch loop (torch.func.jvp, torch.linalg.qr at every step)", 3),
         ("by hand", "the same loop with the LSTM's derivative written by hand", 1),
     ):
-        value, spread = ratio(timings, label, "rnngrad")
         title = f"time of {what} / time of all {2 * n} exponents"
-        rows.append(Row("spectrum_against_torch", title, value, spread, f"≥ {bound}", value >= bound, details))
+        rows.append(judged("spectrum_against_torch", title, ratio(timings, label, "rnngrad"), f"≥ {bound}", details))
     return rows

@@ -23,7 +23,7 @@ class Claim(NamedTuple):
     """A claim as it circulates, and how it is tried."""
 
     id: str
-    """A1 to E5 in the list of claims."""
+    """A1 to E5 in the list of claims this project began with; T and N are those that it came across."""
     statement: str
     source: str
     """Who says so: authors, year, arXiv number and equation where there is one."""

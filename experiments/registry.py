@@ -30,6 +30,7 @@ NAMES = (
     "flossing",
     "lyapunov_gates",
     "truncated_gradient",
+    "backends",
 )
 """Modules of this package; each has an ``EXPERIMENT``."""
 

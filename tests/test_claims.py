@@ -19,7 +19,7 @@ from experiments.reproduction import standing
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "experiments" / "results"
 CLAIMS = [f"{letter}{n}" for letter, last in zip("ABCDE", (4, 10, 3, 5, 5), strict=True) for n in range(1, last + 1)]
-"""The claims of the texts; T1 (the truncated gradient) is one more."""
+"""The claims of the texts; T1 (the truncated gradient) and N1 to N3 (numerics) are more."""
 EXPERIMENTS = registry.experiments()
 
 
@@ -57,15 +57,15 @@ def test_every_claim_gets_checks_and_a_sentence():
 
 def test_every_claim_of_the_texts_is_tried_once():
     tried = [claim.id for experiment in EXPERIMENTS for claim in experiment.claims]
-    assert sorted(tried, key=registry.in_order) == [*CLAIMS, "T1"]
+    assert sorted(tried, key=registry.in_order) == [*CLAIMS, "N1", "N2", "N3", "T1"]
 
 
 def test_every_module_is_an_experiment_or_known():
     shared = {"__init__", "__main__", "claim_map", "claims", "command", "errata", "learning", "registry", "report"}
-    shared |= {"reproduction", "results", "statistics", "trials"}
-    trainers = {"train", "language_model"}  # they try no claim
+    shared |= {"cluster", "reproduction", "results", "statistics", "trials"}
+    tools = {"train", "language_model", "sweep"}  # they try no claim
     modules = {file.stem for file in (ROOT / "experiments").glob("*.py")}
-    assert modules == shared | trainers | set(registry.NAMES)
+    assert modules == shared | tools | set(registry.NAMES)
     assert [experiment.name for experiment in EXPERIMENTS] == list(registry.NAMES)
     with pytest.raises(ValueError, match="unknown experiment 'nothing'; expected some of: bounds"):
         registry.experiments(["nothing"])

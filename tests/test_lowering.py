@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from jax import export
 
 import rnngrad as rg
+from experiments import backends
 from tests.cases import CASES, example, rows
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -86,22 +88,55 @@ def test_every_measurement_lowers(function):
     assert set(exported.platforms) == set(PLATFORMS)
 
 
-def _precisions(function, *arguments):
-    """Precision of every matrix product in the program for CUDA."""
-    text = export.export(jax.jit(function), platforms=("cuda",))(*arguments).mlir_module()
+def _precisions(function, *arguments, platform="cuda"):
+    """Precision of every matrix product in the program for a platform."""
+    text = export.export(jax.jit(function), platforms=(platform,))(*arguments).mlir_module()
     return ["HIGHEST" if "HIGHEST" in line else "DEFAULT" for line in re.findall("stablehlo.dot_general.*", text)]
 
 
-def test_chains_multiply_at_highest_precision_and_states_at_the_users():
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_chains_multiply_at_highest_precision_and_states_at_the_users(platform):
     """TF32 and bfloat16 passes ruin products; the forward pass is the user's and stays at the default."""
     ex = example("lstm")
+    precisions = functools.partial(_precisions, platform=platform)
     # W x for all steps at once, U h in the scan, and U times the zero state
-    assert _precisions(lambda *a: rg.unroll(ex.cell, *a).states, *ex[1:]) == ["DEFAULT"] * 3
-    chain = _precisions(lambda *a: rg.retention(ex.cell, *a, of="c", wrt="c").log_norm, *ex[1:])
+    assert precisions(lambda *a: rg.unroll(ex.cell, *a).states, *ex[1:]) == ["DEFAULT"] * 3
+    chain = precisions(lambda *a: rg.retention(ex.cell, *a, of="c", wrt="c").log_norm, *ex[1:])
     # W x and U h of the forward pass; all others are the product of the cotangents with U and the squares of norms
     assert chain.count("DEFAULT") == 2
     assert chain.count("HIGHEST") >= 2
-    assert _precisions(rg.prefix_products, rg.step_jacobians(*ex)).count("DEFAULT") == 0
-    spectrum = _precisions(lambda *a: rg.lyapunov_spectrum(ex.cell, *a, num_blocks=2).exponents, *ex[1:])
+    assert precisions(rg.prefix_products, rg.step_jacobians(*ex)).count("DEFAULT") == 0
+    spectrum = precisions(lambda *a: rg.lyapunov_spectrum(ex.cell, *a, num_blocks=2).exponents, *ex[1:])
     assert spectrum.count("DEFAULT") == 2
     assert spectrum.count("HIGHEST") >= 10
+    # the training step is the user's altogether, taps or not
+    step = precisions(lambda *a: _training_gradient(ex.cell, *a), *ex[1:])
+    assert step.count("HIGHEST") == 0
+    assert len(step) >= 5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        _training_gradient,
+        lambda c, *a: rg.retention(c, *a).log_norm,
+        lambda c, *a: rg.lyapunov_spectrum(c, *a, num_blocks=2).exponents,
+        lambda c, *a: rg.chain_singular_values(c, *a).log_condition_number,
+    ],
+    ids=["training", "chain", "spectrum", "condition"],
+)
+def test_measurements_lower_in_the_dtypes_of_accelerators(function, dtype):
+    """What experiments.backends runs on them; no float64 in the program, which a TPU does not have."""
+    cell = rg.cells.lstm(3, 4, dtype=dtype)
+    params, state, xs = cell.init(jax.random.key(0)), cell.init_state(), jax.numpy.ones((6, 3), dtype)
+    exported = _lowered(lambda *a: function(cell, *a), params, state, xs)
+    assert set(exported.platforms) == set(PLATFORMS)
+    assert "f64" not in exported.mlir_module()
+
+
+def test_a_measurement_lowers_with_every_product_at_the_default():
+    """As experiments.backends asks of an accelerator."""
+    ex = example("lstm")
+    curve = lambda *a: rg.retention(ex.cell, *a).log_norm
+    assert "HIGHEST" not in _precisions(backends.with_products(curve, backends.at_default), *ex[1:], platform="tpu")
