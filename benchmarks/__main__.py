@@ -30,6 +30,7 @@ Name = Literal[
     "probes_against_bptt",
     "spectrum_against_chain",
     "spectrum_against_torch",
+    "sweep_processes",
     "training_step",
     "training_step_against_torch",
 ]
