@@ -29,6 +29,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 AUTO = "auto"
 TIMEOUT = 300
 """Seconds for which the processes that came wait for the others."""
+LOST = 30
+"""Seconds of silence after which a process counts as lost, and those that are connected to it end as well."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,8 @@ def connect(processes: Processes) -> None:
             num_processes=processes.num_processes,
             process_id=processes.process_id,
             initialization_timeout=TIMEOUT,
+            heartbeat_timeout_seconds=LOST,
+            shutdown_timeout_seconds=LOST,
         )
     except ValueError as error:
         raise ValueError(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NoReturn
 
+import jax
 import matplotlib.figure
 import rich.console
 import rich.progress
@@ -24,6 +25,7 @@ from experiments import cluster, results
 from experiments.claims import Check, Claim, Verdict, judge
 from experiments.results import NotWritableError
 from experiments.statistics import CONFIDENCE
+from rnngrad.tasks.text import cache_folder
 
 
 class UserError(ValueError):
@@ -62,6 +64,18 @@ def fail(error: BaseException, code: int = 2) -> NoReturn:
     """Ends the program with one line that says what is wrong."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     raise SystemExit(code)
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs for later runs: where JAX is told to, else in the user's cache if it can be written to.
+
+    Compiling is half of a short run's time, and a program read back is the same to the last bit.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is None and jax.config.values["jax_enable_compilation_cache"]:
+        folder = cache_folder() / "compiled"
+        with contextlib.suppress(NotWritableError):  # then every run compiles
+            jax.config.update("jax_compilation_cache_dir", str(results.writable_folder(folder)))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def check_at_least(config: Any, least: Mapping[str, int]) -> None:
@@ -332,6 +346,7 @@ class Options:
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None:
     """Runs the command line of an experiment."""
     words = sys.argv[1:] if arguments is None else arguments
+    keep_compiled()
     chosen = experiment.smoke if "--smoke" in words else experiment.default
     flat = tyro.conf.arg(name="")
     whole = dataclasses.make_dataclass(

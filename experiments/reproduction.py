@@ -252,7 +252,8 @@ def reproduce(
             with results.lock(folder / "logs" / f".{name}.lock") as is_first:
                 if not is_first and not join:
                     return True
-                at = standing(experiments[name], folder, smoke=smoke)
+                with lock:  # reading netCDF is not for two threads at a time
+                    at = standing(experiments[name], folder, smoke=smoke)
                 if at.state == "done" and all(file.exists() for file in experiments[name].picture_files(folder)):
                     # drawn last: without its pictures a result is not finished, whatever stopped it
                     done_before.add(name)

@@ -105,8 +105,10 @@ def save(dataset: xr.Dataset, path: Path) -> None:
         for name, variable in dataset.data_vars.items()
         if variable.dtype.kind in "fi"
     }
+    # by way of memory: HDF5 itself brings the process down after a write that failed
+    content = dataset.to_netcdf(engine="h5netcdf", encoding=encoding)
     with whole_file(path) as temporary:
-        dataset.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+        temporary.write_bytes(content)
 
 
 def load(path: Path, *, experiment: str) -> xr.Dataset:

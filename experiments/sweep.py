@@ -119,7 +119,7 @@ def _measured(
             rg.retention(cell, params, state, xs, of=memory, wrt=memory, path=path).log_norm for path in PATHS
         )
         below = full < np.log(learning.KEPT)
-        return jnp.stack([full[lags], direct[lags]]), jnp.where(below.any(), below.argmax(), jnp.inf)
+        return jnp.stack([full[lags], direct[lags]]), jnp.where(below.any(), below.argmax().astype(full.dtype), jnp.inf)
 
     return cluster.over_devices(of_seed, per_device)
 
@@ -266,7 +266,8 @@ def figure(dataset: xr.Dataset) -> matplotlib.figure.Figure:
                     axes.fill_between(lags, curve["low"], curve["high"], color=colour, alpha=0.15, lw=0)
         axes.axhline(np.log10(learning.KEPT), color="0.5", lw=0.8)
         axes.set_xscale("symlog", linthresh=1)
-        axes.set_yscale("symlog", linthresh=2)
+        axes.set_yscale("asinh", linear_width=0.3)
+        axes.set_ylim(top=max(0.05, 1.1 * axes.dataLim.y1))
         axes.set_xlim(0, num_steps)
         axes.set_title(f"N = {hidden_size}, T = {num_steps:,}", fontsize=10)
         axes.set_xlabel("lag (steps)")

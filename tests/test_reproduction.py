@@ -167,6 +167,21 @@ def test_a_picture_that_fails_takes_nothing_along_and_the_claim_is_tried_again(t
     assert (three / "bounds.png").exists()
 
 
+@pytest.mark.slow  # processes of processes
+def test_two_machines_share_a_reproduction(three):
+    """Two drivers with one folder: what one is at is left to it, or joined at the end; all is made once."""
+    words = [sys.executable, "-m", "tests.test_reproduction", "--all", "--jobs", "1", "--out", str(three)]
+    both = [
+        subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert [sorted(times_run(three, name)) for name in NAMES] == [["0", "1"]] * 3, said
+    assert not list(three.glob(".parts-*"))
+    assert not (three / "failures.json").exists()
+    assert "not whole" not in (three / "report.html").read_text(encoding="utf-8")
+
+
 def test_smoke_does_not_replace_full_results(three, capsys):
     command.execute(invented("bounds"), Config(), command.Options(out=three))
     with pytest.raises(SystemExit) as stopped:

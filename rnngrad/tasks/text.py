@@ -522,14 +522,19 @@ def _locate(
     environment = os.environ.get("RNNGRAD_DATA")
     if environment and (found := _find(_folder(environment), entry)):
         return found
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG base directory specification: a relative path is to be ignored.
-    cache = (Path(base) if os.path.isabs(base) else _folder("~/.cache")) / "rnngrad"
+    cache = cache_folder()
     if found := _find(cache, entry):
         return found
     target = cache / entry.folder / entry.file
     _download(name, entry, target, on_progress)
     return target
+
+
+def cache_folder() -> Path:
+    """Returns the folder for what can be had again: ``rnngrad`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG base directory specification: a relative path is to be ignored.
+    return (Path(base) if os.path.isabs(base) else _folder("~/.cache")) / "rnngrad"
 
 
 def _find(folder: Path, entry: _PublicFile) -> Path | None:
