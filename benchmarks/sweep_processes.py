@@ -61,9 +61,9 @@ def seconds(cores: Sequence[Sequence[int]], *, smoke: bool) -> tuple[float, xr.D
             code = f"from benchmarks.sweep_processes import work; work({folder!r}, {tuple(own)!r}, {smoke!r})"
             workers.append(subprocess.Popen([sys.executable, "-c", code], cwd=_ROOT, text=True, stdin=-1, stdout=-1))
         for worker in workers:
-            said = worker.stdout.readline() if worker.stdout else ""
-            if said != "ready\n":
-                raise RuntimeError(f"expected a process to say that it is ready, found {said!r}")
+            first = worker.stdout.readline() if worker.stdout else ""
+            if first != "ready\n":
+                raise RuntimeError(f"expected a process to say that it is ready, found {first!r}")
         for worker in workers:
             print("go", file=worker.stdin, flush=True)
         said = [worker.communicate()[0] for worker in workers]

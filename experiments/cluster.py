@@ -76,6 +76,7 @@ def connect(processes: Processes) -> None:
     if processes.coordinator is None:
         return
     is_auto = processes.coordinator == AUTO
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM to itself
     try:
         jax.distributed.initialize(
             coordinator_address=None if is_auto else processes.coordinator,

@@ -25,7 +25,6 @@ from experiments import cluster, results
 from experiments.claims import Check, Claim, Verdict, judge
 from experiments.results import NotWritableError
 from experiments.statistics import CONFIDENCE
-from rnngrad.tasks.text import cache_folder
 
 
 class UserError(ValueError):
@@ -72,7 +71,7 @@ def keep_compiled() -> None:
     Compiling is half of a short run's time, and a program read back is the same to the last bit.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None and jax.config.values["jax_enable_compilation_cache"]:
-        folder = cache_folder() / "compiled"
+        folder = rg.tasks.cache_folder() / "compiled"
         with contextlib.suppress(NotWritableError):  # then every run compiles
             jax.config.update("jax_compilation_cache_dir", str(results.writable_folder(folder)))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

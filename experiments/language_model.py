@@ -12,6 +12,7 @@ train file is not at hand it trains on the valid file and evaluates on the test 
 compare with published ones.  Any other text is cut in two, the last tenth to be held out.
 
 A run that is interrupted, also by a kill, resumes with the same command and ends with an undisturbed one's numbers.
+Over several devices and processes it runs as :mod:`experiments.train` does.
 """
 
 from __future__ import annotations
@@ -464,6 +465,7 @@ def run(config: Config, folder: Path, screen: rich.console.Console | None = None
         baseline=unigram_loss(parts.train, parts.held_out, len(parts.vocabulary)),
         baseline_name="without memory",
         num_parameters=trained.num_parameters,
+        num_devices=trained.num_devices,
         seconds=round(trained.seconds, 1),
         tokens_per_second=trained.step * config.steps * config.batch_size / max(trained.seconds, 1e-9),
     )

@@ -30,7 +30,7 @@ import tyro
 import xarray as xr
 
 import rnngrad as rg
-from experiments import command, results
+from experiments import cluster, command, results
 from experiments.command import UserError
 
 CellName = Literal["vanilla", "lstm", "gru", "coupled_lstm", "peephole_lstm", "indrnn", "min_gru", "min_lstm", "lru"]
@@ -145,6 +145,10 @@ def check_result(file: Path, experiment: str, config: Any, may_change: Sequence[
       config: the settings now.
       may_change: those that may differ.
     """
+    rg.training.ask_first(lambda: _check_result(file, experiment, config, may_change))
+
+
+def _check_result(file: Path, experiment: str, config: Any, may_change: Sequence[str]) -> None:
     if not file.exists():
         return
     with command.user_input():
@@ -177,6 +181,8 @@ class Trained(NamedTuple):
     num_parameters: int
     seconds: float
     """Wall time of these updates, in however many sittings; what was lost after a last checkpoint does not count."""
+    num_devices: int
+    """That every batch was split over, in this sitting."""
 
 
 def _logs(names: Sequence[LogName], folder: Path, config: Mapping[str, Any]) -> list[Any]:
@@ -189,8 +195,8 @@ def _logs(names: Sequence[LogName], folder: Path, config: Mapping[str, Any]) -> 
 
 
 @contextlib.contextmanager
-def _folder_errors() -> Iterator[None]:
-    """Marks what is wrong with a folder's contents as the user's to put right; other errors keep their traceback."""
+def _user_errors() -> Iterator[None]:
+    """Marks what is wrong with folder or batch size as the user's to put right; other errors keep their traceback."""
     try:
         yield
     except (
@@ -198,6 +204,7 @@ def _folder_errors() -> Iterator[None]:
         rg.training.CorruptCheckpointError,
         rg.training.ForeignCheckpointError,
         rg.training.ForeignLogError,
+        rg.training.UnevenBatchError,
     ) as error:
         raise UserError(str(error)) from error
 
@@ -208,6 +215,28 @@ def _one_line_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         yield
+
+
+def training_devices(batch_size: int) -> list[jax.Device] | None:
+    """Returns the devices that a batch is split over; None for one.
+
+    Processes that were brought together use all they have.  One that is alone uses as many as split the batch evenly.
+    """
+    devices = jax.devices()
+    if jax.process_count() > 1:
+        return devices
+    number = max(number for number in range(1, len(devices) + 1) if batch_size % number == 0)
+    return devices[:number] if number > 1 else None
+
+
+def check_alike(settings: Mapping[str, Any]) -> None:
+    """Raises UserError in a process whose settings are others than those of process 0."""
+    own = {name: json.dumps(value) for name, value in settings.items()}  # as text NaN equals itself
+    first = rg.training.ask_first(lambda: own)
+    differing = [name for name in own if own[name] != first.get(name)]
+    if differing:
+        listed = "; ".join(f"{name}: expected {first.get(name)}, found {own[name]}" for name in differing)
+        raise UserError(f"process {jax.process_index()} has other settings than process 0: {listed}")
 
 
 def train(
@@ -234,20 +263,34 @@ def train(
 ) -> Trained:
     """Returns the run, after resuming what the folder holds of it; shows a progress bar.
 
+    Processes that were brought together (:func:`experiments.cluster.connect`) train together, and all return the same;
+    files are written by process 0.
+
     Raises:
-      UserError: the folder holds another run, a longer one, or nothing readable.
+      UserError: the folder holds another run, a longer one, or nothing readable; a batch that cannot be split evenly.
+      FirstProcessError: an error in process 0, and this is another one.
       OSError: the folder cannot be written to.
       NonFiniteLossError: training diverged.
     """
+    check_alike(identity)
     file = folder / "log.jsonl"
     checkpoints = rg.training.Checkpoints(folder / "checkpoints", identity)
-    if checkpoints.latest_step() is not None and not (file.is_file() and _has_evaluation(file)):
-        raise UserError(f"{file}: expected the records of the checkpoints beside it, found none; choose another folder")
+
+    def look() -> None:
+        if checkpoints.latest_step() is not None and not (file.is_file() and _has_evaluation(file)):
+            raise UserError(
+                f"{file}: expected the records of the checkpoints beside it, found none; choose another folder"
+            )
+
+    rg.training.ask_first(look)
+    devices = training_devices(batch_size)
+    if devices is not None:
+        screen.print(f"{title}: every batch of {batch_size} is split over {len(devices)} devices", highlight=False)
     state = rg.training.initial_state(model, optimizer, key, batch_size)
     num_parameters = rg.training.count_parameters(state.params)
     with command.user_input():  # a package that is not installed
         written = _logs(logs, folder, identity)
-    with command.progress(screen) as bar, _folder_errors(), _one_line_warnings():
+    with command.progress(screen) as bar, _user_errors(), _one_line_warnings():
         task = bar.add_task(title, total=updates)
 
         def show(progress: Any) -> None:
@@ -272,6 +315,7 @@ def train(
             checkpoint_every=checkpoint_every,
             on_progress=show,
             should_stop=should_stop,
+            devices=devices,
         )
     made = int(fitted.state.step) - (fitted.resumed_from or 0)
     held = int(fitted.state.step)
@@ -280,12 +324,13 @@ def train(
     if fitted.resumed_from is not None:
         screen.print(f"{title}: resumed after update {fitted.resumed_from:,}, {made:,} more", highlight=False)
     return Trained(
-        rg.training.read_jsonl(file),
+        rg.training.ask_first(lambda: rg.training.read_jsonl(file)),
         fitted.state.params,
         int(fitted.state.step),
         fitted.best_params,
         num_parameters,
         fitted.seconds,
+        1 if devices is None else len(devices),
     )
 
 
@@ -598,6 +643,10 @@ class Options:
     """Small sizes that finish in seconds; other flags still apply."""
     show: Path | None = None
     """Show a stored result file instead of running: the table, and the figure drawn again beside it."""
+    processes: Annotated[cluster.Processes, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=cluster.Processes
+    )
+    """How several processes find one another to split every batch over all their devices."""
 
 
 class Driver(NamedTuple):
@@ -642,35 +691,58 @@ def start_config(driver: Driver, default: Any, words: Sequence[str]) -> Any:
 def execute(driver: Driver, config: Any, *, out: Path | None, show: Path | None) -> None:
     """Trains, or shows a stored run: table in the terminal, figure and netCDF in the folder.
 
-    User errors end the program with one line and exit code 2, a failed write or a diverged run with 1, an interruption
-    with 130.
+    Of processes that train together the first one shows and writes.
+
+    User errors end the program with one line and exit code 2, a failed write, a diverged run or another process's end
+    with 1, an interruption with 130.
     """
     started = time.perf_counter()
-    screen = command.console()
+    is_first = show is not None or jax.process_index() == 0
+    screen = command.console() if is_first else rich.console.Console(quiet=True)
     try:
         if show is not None:
             with command.user_input():
                 dataset = results.load(show, experiment=driver.name)
             folder = results.writable_folder(out or show.parent)
         else:
-            folder = results.writable_folder(out or Path("out") / driver.name / driver.run_name(config))
+            check_alike({name: value for name, value in command.config_dict(config).items() if name != "data_dir"})
+            folder = out or Path("out") / driver.name / driver.run_name(config)
+            rg.training.ask_first(lambda: str(results.writable_folder(folder)))
             dataset = driver.run(config, folder, screen)
-            results.save(dataset, folder / f"{driver.name}.nc")
-        screen.print(driver.table(dataset))
-        screen.print(driver.summary(dataset))
-        with results.whole_file(folder / f"{driver.name}.png") as temporary:
-            figure(dataset).savefig(temporary, dpi=150)
+
+        def write() -> None:
+            if show is None:
+                results.save(dataset, folder / f"{driver.name}.nc")
+            screen.print(driver.table(dataset))
+            screen.print(driver.summary(dataset))
+            with results.whole_file(folder / f"{driver.name}.png") as temporary:
+                figure(dataset).savefig(temporary, dpi=150)
+
+        if show is None:
+            rg.training.ask_first(write)
+        else:
+            write()
     except KeyboardInterrupt:
         note = "the same command resumes from the last checkpoint, or starts anew if there is none yet"
         print(f"\ninterrupted: {note}", file=sys.stderr)
         raise SystemExit(130) from None
     except UserError as error:
         command.fail(error, code=2)
-    except rg.training.NonFiniteLossError as error:
+    except (rg.training.NonFiniteLossError, rg.training.FirstProcessError) as error:
         command.fail(error, code=1)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).splitlines()[0]
+        command.fail(
+            RuntimeError(f"another process ended? the same command resumes from the last checkpoint ({reason})"), code=1
+        )
     except OSError as error:
         known = FileNotFoundError | results.NotWritableError | rg.training.NotWritableError
         command.fail(error, code=2 if isinstance(error, known) else 1)
+    if not is_first:
+        print(f"process {jax.process_index()} of {jax.process_count()}: done; process 0 has the result")
+        return
     written = (
         [folder / f"{driver.name}.png"] if show is not None else [folder / f"{driver.name}.{e}" for e in ("nc", "png")]
     )
@@ -681,6 +753,7 @@ def execute(driver: Driver, config: Any, *, out: Path | None, show: Path | None)
 def main(driver: Driver, default: Any, arguments: Sequence[str] | None) -> None:
     """Runs the command line of a training command."""
     words = sys.argv[1:] if arguments is None else list(arguments)
+    command.keep_compiled()
     try:
         start = start_config(driver, default, words)
     except UserError as error:
@@ -698,4 +771,10 @@ def main(driver: Driver, default: Any, arguments: Sequence[str] | None) -> None:
         prog=f"python -m experiments.{driver.name}",
         description=f"{driver.about}\n\n{preset_lines(driver.presets)}",
     )
+    if given.options.show is None:
+        try:
+            with command.user_input():
+                cluster.connect(given.options.processes)
+        except UserError as error:
+            command.fail(error, code=2)
     execute(driver, given.config, out=given.options.out, show=given.options.show)

@@ -5,7 +5,9 @@
 The question: does the network solve the task, and does the last step's gradient reach back as far as the task asks?
 Each seed draws weights and data.  Held-out loss and accuracy come from batches that are drawn once; the monitor stores
 retention by lag, shares by gate and the clip fraction as training goes on.  A run that is interrupted, also by a kill,
-resumes with the same command and ends with the numbers of an undisturbed one.
+resumes with the same command and ends with the numbers of an undisturbed one.  Where there are several devices, of this
+process or of those that ``--coordinator`` brings together, every batch is split over them; the numbers are then those
+of one device up to rounding.
 
 Solved means, on held-out data: adding, mean squared error below 0.01; copy, loss below a tenth of the memoryless one;
 temporal order and agreement, 99 % of the answers right; digits, 95 %.
@@ -364,6 +366,7 @@ def _train_seed(config: Config, problem: Problem, seed: int, folder: Path, scree
         updates=((), int(dataset["update"][-1])),
     ).assign_attrs(
         num_parameters=trained.num_parameters,
+        num_devices=trained.num_devices,
         seconds=trained.seconds,
         seconds_per_update=trained.seconds / max(trained.step, 1),
     )
@@ -436,6 +439,7 @@ def run(config: Config, folder: Path, screen: rich.console.Console | None = None
         solved_bound=bound,
         solved_loss=bound if measure == "loss" else None,
         num_parameters=runs[0].attrs["num_parameters"],
+        num_devices=runs[0].attrs["num_devices"],
         seconds=round(sum(one.attrs["seconds"] for one in runs), 1),
         seconds_per_update=float(np.median([one.attrs["seconds_per_update"] for one in runs])),
     )

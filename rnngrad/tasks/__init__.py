@@ -14,7 +14,18 @@ from rnngrad.tasks.batches import Batch, Task
 from rnngrad.tasks.copy_memory import copy_memory
 from rnngrad.tasks.digits import digits
 from rnngrad.tasks.temporal_order import temporal_order
-from rnngrad.tasks.text import Streams, Text, Tokens, encode, load_text, sequences, split, streams, tokenize
+from rnngrad.tasks.text import (
+    Streams,
+    Text,
+    Tokens,
+    cache_folder,
+    encode,
+    load_text,
+    sequences,
+    split,
+    streams,
+    tokenize,
+)
 
 __all__ = [
     "AGREEMENT_VOCABULARY",
@@ -28,6 +39,7 @@ __all__ = [
     "agreement",
     "agreement_sentences",
     "agreement_words",
+    "cache_folder",
     "copy_memory",
     "digits",
     "encode",

@@ -7,6 +7,7 @@ from rnngrad.training.checkpoints import (
     ForeignCheckpointError,
     NotWritableError,
 )
+from rnngrad.training.data_parallel import FirstProcessError, UnevenBatchError, ask_first
 from rnngrad.training.logs import ForeignLogError, Log, jsonl_log, read_jsonl, tensorboard_log, wandb_log
 from rnngrad.training.loop import (
     Fitted,
@@ -26,6 +27,7 @@ __all__ = [
     "Checkpoints",
     "ConfigChangedError",
     "CorruptCheckpointError",
+    "FirstProcessError",
     "Fitted",
     "Flow",
     "ForeignCheckpointError",
@@ -42,6 +44,8 @@ __all__ = [
     "Output",
     "Progress",
     "TrainState",
+    "UnevenBatchError",
+    "ask_first",
     "count_parameters",
     "evaluator",
     "fit",

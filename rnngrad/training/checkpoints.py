@@ -66,7 +66,7 @@ def _as_numpy(leaf: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
 
 
-def _pack(tree: Any) -> np.ndarray:
+def pack(tree: Any) -> np.ndarray:
     """Returns the bytes of all arrays, one after the other."""
     return np.concatenate([np.ravel(_as_numpy(leaf)).view(np.uint8) for leaf in jax.tree.leaves(tree)])
 
@@ -75,8 +75,8 @@ def _digest(packed: np.ndarray) -> str:
     return hashlib.sha256(packed.data).hexdigest()
 
 
-def _unpack(packed: np.ndarray, like: Any) -> Any:
-    """Returns the tree that :func:`_pack` packed."""
+def unpack(packed: np.ndarray, like: Any) -> Any:
+    """Returns the tree that :func:`pack` packed."""
     leaves, structure = jax.tree.flatten(like)
     unpacked, start = [], 0
     for leaf in leaves:
@@ -165,8 +165,16 @@ class Checkpoints:
     def _manager(self) -> Any:
         import orbax.checkpoint as ocp  # here, because `import rnngrad` does without
 
+        # of several processes one has the checkpoints, and waits for no other
+        own = jax.process_index()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self.keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            max_to_keep=self.keep,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
+            create=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"rnngrad.{own}"
+            ),
         )
         return ocp.CheckpointManager(self.folder, options=options)
 
@@ -183,7 +191,7 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        packed = _pack(tree)
+        packed = pack(tree)
         meta = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -214,7 +222,7 @@ class Checkpoints:
             ]
         if _digest(packed) != meta["sha256"]:
             raise ValueError("its arrays have another SHA-256 than when they were written")
-        return Restored(step, _unpack(packed, like), meta["standing"])
+        return Restored(step, unpack(packed, like), meta["standing"])
 
     def _check_meta(self, step: int, meta: Any, like: Any) -> None:
         where = self.path(step)

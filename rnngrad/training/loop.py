@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int32, Key
 
-from rnngrad.training.checkpoints import Checkpoints
+from rnngrad.training.checkpoints import Checkpoints, Restored, pack, unpack
+from rnngrad.training.data_parallel import Layout, bytes_of_first
 from rnngrad.training.logs import Log
 from rnngrad.training.model import Model, ModelParams
 from rnngrad.training.monitor import (
@@ -188,7 +190,13 @@ def _memory(model: Model, state: TrainState, restart: Array) -> tuple[Any, ...]:
 
 
 @functools.lru_cache(maxsize=8)
-def _jitted_step(model: Model, loss: Loss, optimizer: optax.GradientTransformation, penalty: Penalty | None) -> Any:
+def _jitted_step(
+    model: Model,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    penalty: Penalty | None,
+    devices: tuple[jax.Device, ...] | None,
+) -> Any:
     """The same function for the same parts, so that a second run of them compiles nothing."""
 
     def objective(params, memory, batch, key):
@@ -197,9 +205,12 @@ def _jitted_step(model: Model, loss: Loss, optimizer: optax.GradientTransformati
         whole = value if penalty is None else value + penalty(params, memory, batch)
         return whole, (value, output.final)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    layout = Layout(devices)
+
     def step(state: TrainState, batch: Any, restart: Array) -> tuple[TrainState, Metrics]:
         memory = _memory(model, state, restart)
+        if devices is not None:
+            memory = jax.lax.with_sharding_constraint(memory, layout.sharding("data"))
         key = jax.random.fold_in(state.key, state.step)
         (whole, (value, final)), grads = jax.value_and_grad(objective, has_aux=True)(state.params, memory, batch, key)
         # the ascent direction of a complex weight is the conjugate of what jax.grad returns
@@ -218,11 +229,19 @@ def _jitted_step(model: Model, loss: Loss, optimizer: optax.GradientTransformati
         clipped = _num_clipped(opt_state) > _num_clipped(state.opt_state)
         return kept._replace(failed=~goes_on), Metrics(value, norm, clipped, is_finite)
 
-    return step
+    if devices is None:
+        return jax.jit(step, donate_argnums=0)
+    whole, split = layout.sharding(), layout.sharding(None, "data")
+    return jax.jit(step, donate_argnums=0, in_shardings=(whole, split, whole), out_shardings=whole)
 
 
 def train_step(
-    model: Model, loss: Loss, optimizer: optax.GradientTransformation, *, penalty: Penalty | None = None
+    model: Model,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    penalty: Penalty | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Callable[[TrainState, Any, Array], tuple[TrainState, Metrics]]:
     """Returns the jitted ``step(state, batch, restart) -> (state, metrics)``; it gives the buffers of ``state`` away.
 
@@ -231,6 +250,11 @@ def train_step(
       loss: maps (output, batch) to a scalar.
       optimizer: an optax optimizer.
       penalty: maps (params, state, batch) to a scalar that is added to the loss, and not reported as loss.
+      devices: of one process or of all; the sequences of every batch are split over them, and state and metrics come
+        back whole on each (:mod:`rnngrad.training.data_parallel`).  None: one device.
+
+    Raises:
+      UnevenBatchError: from the step: the batch does not split evenly over the devices.
 
     ``restart`` is a bool array: the memory starts anew instead of going on from the window before.
 
@@ -245,7 +269,11 @@ def train_step(
     >>> int(state.step), bool(metrics.is_finite)
     (1, True)
     """
-    return _jitted_step(model, loss, optimizer, penalty)
+    step = _jitted_step(model, loss, optimizer, penalty, None if devices is None else tuple(devices))
+    if devices is None:
+        return step
+    layout = Layout(devices)
+    return lambda state, batch, restart: step(layout.on_all(state), layout.split(batch), layout.on_all(restart))
 
 
 def evaluator(
@@ -337,13 +365,20 @@ class _Standing:
 class _Run:
     """The moving parts of one :func:`fit`."""
 
-    def __init__(self, state: TrainState, best_params: ModelParams, standing: _Standing, logs: Sequence[Log]) -> None:
+    def __init__(
+        self, state: TrainState, best_params: ModelParams, standing: _Standing, logs: Sequence[Log], layout: Layout
+    ) -> None:
         self.state, self.best_params, self.standing, self.logs = state, best_params, standing, logs
+        self.layout = layout
         self.clock = time.perf_counter()
         self.sent: list[tuple[int, Metrics]] = []
         """Metrics still on the device, by step."""
         self.flows: list[tuple[int, Flow]] = []
         """Measurements still on the device, by step."""
+
+    def own_state(self) -> TrainState:
+        """Returns the state on one device of this process."""
+        return self.layout.own(self.state)
 
     def write(self, record: dict[str, Any]) -> None:
         for log in self.logs:
@@ -379,15 +414,21 @@ class _Run:
 
     def evaluate(self, evaluate: Callable[[ModelParams], Mapping[str, float]], step: int) -> None:
         """Evaluates, keeps the parameters when they are the best, and writes the record."""
-        values = dict(evaluate(self.state.params))
-        if "loss" not in values:
-            raise ValueError(f"evaluate: expected a mapping with 'loss', found {sorted(values)}")
+        params = self.own_state().params
+
+        def measure() -> dict[str, float]:
+            values = dict(evaluate(params))
+            if "loss" not in values:
+                raise ValueError(f"evaluate: expected a mapping with 'loss', found {sorted(values)}")
+            return values
+
+        values = self.layout.ask(measure)
         record = {"kind": "evaluation", "step": step, **values}
         standing = self.standing
         standing.evaluations.append(record)
         if values["loss"] < standing.best_loss:
             standing.best_loss, standing.best_step, standing.without_better = values["loss"], step, 0
-            self.best_params = jax.tree.map(jnp.copy, self.state.params)  # the step gives its buffers away
+            self.best_params = jax.tree.map(jnp.copy, params)  # the step gives its buffers away
         else:
             standing.without_better += 1
         self.write(record)
@@ -400,10 +441,14 @@ class _Run:
     def save(self, checkpoints: Checkpoints, step: int) -> None:
         """Writes a checkpoint, after the records that it presupposes."""
         self.stop_watch()
-        for log in self.logs:
-            log.flush()
-        tree = {"train": self.state, "best": self.best_params}
-        checkpoints.save(step, tree, dataclasses.asdict(self.standing))
+        tree = {"train": self.own_state(), "best": self.best_params}
+
+        def write() -> None:
+            for log in self.logs:
+                log.flush()
+            checkpoints.save(step, tree, dataclasses.asdict(self.standing))
+
+        self.layout.ask(write)
 
 
 def _reason(step: int, num_steps: int, standing: _Standing, patience: int | None, asked: bool) -> str | None:
@@ -413,6 +458,29 @@ def _reason(step: int, num_steps: int, standing: _Standing, patience: int | None
     if step >= num_steps:
         return "done"
     return "asked to stop" if asked else None
+
+
+def _restored(checkpoints: Checkpoints, like: Any, layout: Layout) -> Restored | None:
+    """Returns the newest checkpoint; of processes that train together the first one reads it, and tells the others."""
+    if not layout.is_shared:
+        return checkpoints.restore(like)
+
+    def read() -> bytes:
+        restored = checkpoints.restore(like)
+        if restored is None:
+            return b""
+        head = json.dumps({"step": restored.step, "standing": restored.standing})
+        return head.encode() + b"\n" + pack(restored.tree).tobytes()
+
+    told = bytes_of_first(read)
+    if not len(told):
+        return None
+    end = int(np.argmax(told == ord("\n")))
+    return Restored(tree=unpack(told[end + 1 :], like), **json.loads(bytes(told[:end])))
+
+
+def _is_asked(should_stop: Callable[[Progress], bool], progress: Progress) -> bool:
+    return bool(should_stop(progress))
 
 
 def _failure(
@@ -458,6 +526,7 @@ def fit(
     checkpoint_every: int = 1000,
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[Progress], bool] | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Fitted:
     """Returns the trained state, after resuming from the newest checkpoint when there is one.
 
@@ -481,11 +550,16 @@ def fit(
       checkpoint_every: steps between checkpoints; one more is written at the end.
       on_progress: called at the start, after every ``log_every`` steps and after every evaluation.
       should_stop: asked at the same moments; a checkpoint is written before the return.
+      devices: over which the sequences of every batch are split (:mod:`rnngrad.training.data_parallel`); with those of
+        several processes, all of them call this alike, and only process 0 evaluates, shows progress, is asked to stop,
+        and needs the folders of logs and checkpoints.  None: one device.
 
     Raises:
       NonFiniteLossError: NaN or inf in a loss, a gradient or the weights.
       ValueError: options that make no sense; a checkpoint that is foreign, corrupt or of another configuration.
       NotWritableError: no checkpoint can be written.
+      UnevenBatchError: the batch does not split evenly over the devices.
+      FirstProcessError: evaluation, checkpoint or log failed in process 0, and this is another one.
 
     >>> import jax, optax
     >>> import rnngrad as rg
@@ -514,34 +588,42 @@ def fit(
     if patience is not None and evaluate is None:
         raise ValueError("patience: expected an evaluate function beside it, found None")
 
-    update = train_step(model, loss, optimizer, penalty=penalty)
+    layout = Layout(devices)
+    layout.check(jax.tree.leaves(state.memory)[0].shape[0])
+    update = train_step(model, loss, optimizer, penalty=penalty, devices=devices)
+    logs = logs if layout.is_first else ()
     # a copy, since the step gives its argument away and this one is the caller's
     state = jax.tree.map(jnp.copy, state)
     contents: dict[str, Any] = {"train": state, "best": state.params}
     standing, resumed_from = _Standing(), None
     if checkpoints is not None:
-        restored = checkpoints.restore(contents)
+        restored = _restored(checkpoints, contents, layout)
         if restored is not None:
             contents, standing, resumed_from = restored.tree, _Standing(**restored.standing), restored.step
 
     def starts_anew(at: int) -> Array:
         return jnp.asarray(True if restart_at is None else restart_at(at))
 
-    run = _Run(contents["train"], jax.tree.map(jnp.copy, contents["best"]), standing, logs)
+    run = _Run(contents["train"], jax.tree.map(jnp.copy, contents["best"]), standing, logs, layout)
     step, record, asked = int(run.state.step), None, False
     saved_step = resumed_from
     try:
-        for log in logs:
-            log.start(resumed_from)
+
+        def start() -> None:
+            for log in logs:
+                log.start(resumed_from)
+
+        layout.ask(start)
         if evaluate is not None and not standing.evaluations:
             run.evaluate(evaluate, step)
         while True:
             if on_progress is not None or should_stop is not None:
                 last = standing.evaluations[-1] if standing.evaluations else None
                 progress = Progress(step, num_steps, record, last)
-                if on_progress is not None:
+                if on_progress is not None and layout.is_first:
                     on_progress(progress)
-                asked = should_stop is not None and should_stop(progress)
+                if should_stop is not None:
+                    asked = layout.ask(functools.partial(_is_asked, should_stop, progress))
             reason = _reason(step, num_steps, standing, patience, asked)
             if reason is not None:
                 break
@@ -549,9 +631,10 @@ def fit(
                 batch, restart = batch_at(step), starts_anew(step)
                 step += 1
                 if monitor is not None and (step == 1 or step % monitor.every == 0):
-                    memory = _memory(model, run.state, restart)
-                    sequences = monitor.max_sequences
-                    flow = gradient_flow(model, run.state.params, memory, batch, loss, max_sequences=sequences)
+                    # in every process: else the others would wait while the first one compiles
+                    now, sequences = run.own_state(), monitor.max_sequences
+                    memory = _memory(model, now, restart)
+                    flow = gradient_flow(model, now.params, memory, batch, loss, max_sequences=sequences)
                     run.flows.append((step, flow))
                 run.state, metrics = update(run.state, batch, restart)
                 run.sent.append((step, metrics))
@@ -563,7 +646,7 @@ def fit(
                     continue
                 failed = run.fetch()
                 if failed is not None:
-                    raise _failure(model, loss, run.state, batch_at, starts_anew, failed, checkpoints)
+                    raise _failure(model, loss, run.own_state(), batch_at, starts_anew, failed, checkpoints)
                 if is_recorded:
                     record = run.train_record(step)
                 if evaluate is not None and is_evaluated:
@@ -582,8 +665,8 @@ def fit(
             log.close()
     is_evaluated = bool(standing.evaluations)
     return Fitted(
-        state=run.state,
-        best_params=run.best_params if is_evaluated else run.state.params,
+        state=run.own_state(),
+        best_params=run.best_params if is_evaluated else run.own_state().params,
         best_loss=standing.best_loss,
         best_step=standing.best_step if is_evaluated else step,
         evaluations=standing.evaluations,
