@@ -54,7 +54,7 @@ class Config:
     show: Path | None = None
     """Show the stored results of this folder instead of running: the table, and the figure drawn again in it."""
     write_readme: bool = False
-    """Write the README's table from benchmarks/results instead of running."""
+    """Write the table of benchmarks/README.md from benchmarks/results instead of running."""
 
 
 def missing_package(benchmark: types.ModuleType) -> str | None:
@@ -105,7 +105,7 @@ def main(config: Config) -> None:
             readme = report.with_table(report.README.read_text(encoding="utf-8"), report.readme_tables())
             with results.whole_file(report.README) as temporary:
                 temporary.write_text(readme, encoding="utf-8")
-            screen.print(f"wrote the table of {report.README.name}", highlight=False)
+            screen.print(f"wrote the table of {report.README.parent.name}/{report.README.name}", highlight=False)
             return
         if config.show is not None:
             screen.print(report.table(report.read(config.show)))

@@ -1,4 +1,4 @@
-"""What a person sees of stored benchmarks: a table, a figure, the rows of the README.  Nothing here measures."""
+"""What a person sees of stored benchmarks: a table, a figure, the rows of a README.  Nothing here measures."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import rich.table
 
 from benchmarks.harness import Row, limit
 
-_ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-README = _ROOT / "README.md"
-BEGIN = "  <!-- benchmarks: written by python -m benchmarks --write-readme -->"
-END = "  <!-- benchmarks: end -->"
+README = RESULTS.parent / "README.md"
+BEGIN = "<!-- benchmarks: written by python -m benchmarks --write-readme -->"
+END = "<!-- benchmarks: end -->"
 
 
 class Stored(NamedTuple):
@@ -151,14 +150,14 @@ def figure(stored: Sequence[Stored]) -> matplotlib.figure.Figure:
 
 def readme_lines(stored: Sequence[Stored]) -> list[str]:
     """Returns the README's table: the rows that are held to a bound."""
-    lines = [f"  On {'; '.join({machine_line(one.machine): None for one in stored})}, float32:", ""]
-    lines += ["  | what | median | range | should be | holds |", "  |---|---:|---:|---:|---|"]
+    lines = [f"On {'; '.join({machine_line(one.machine): None for one in stored})}, float32:", ""]
+    lines += ["| what | median | range | should be | holds |", "|---|---:|---:|---:|---|"]
     for one in stored:
         for row in one.rows:
             if limit(row.bound) is not None:
                 low, high = map(_number, row.spread)
                 holds = "yes" if row.holds else "**no**"
-                lines.append(f"  | {row.what} | {_number(row.value)} | {low} – {high} | {row.bound} | {holds} |")
+                lines.append(f"| {row.what} | {_number(row.value)} | {low} – {high} | {row.bound} | {holds} |")
     return lines
 
 

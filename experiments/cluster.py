@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 AUTO = "auto"
-TIMEOUT = 300
+TIMEOUT = 120
 """Seconds for which the processes that came wait for the others."""
 LOST = 30
 """Seconds of silence after which a process counts as lost, and those that are connected to it end as well."""
@@ -70,7 +72,8 @@ def connect(processes: Processes) -> None:
     To be called before anything touches a device.  Does nothing for a process that is alone.
 
     Raises:
-      ValueError: settings that name no group, nothing detected, or not all processes came.
+      ValueError: settings that name no group, or nothing detected.
+      ConnectionError: not all processes came.
     """
     check(processes)
     if processes.coordinator is None:
@@ -93,38 +96,49 @@ def connect(processes: Processes) -> None:
         ) from error
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise ConnectionError(
             f"--coordinator {processes.coordinator}: expected all processes within {TIMEOUT} s: {reason}"
         ) from error
 
 
-def meet(processes: Processes) -> None:
+def meet(processes: Processes) -> str | None:
     """Waits until all processes are there, and parts again: each then has its own devices and is on its own.
+
+    Returns a sentence if not all of them came, or one was killed while they met: a sweep goes on without.
 
     A process of its own goes to the meeting: JAX keeps the number that it was given there, and a meeting that fails may
     end who takes part.
 
     Raises:
-      ValueError: as for :func:`connect`.
+      ValueError: settings that name no group, or nothing detected.
     """
     check(processes)
     if processes.coordinator is None:
-        return
+        return None
     words = [sys.executable, "-m", "experiments.cluster", json.dumps(dataclasses.asdict(processes))]
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no word"]
-        expected = "all" if processes.num_processes is None else f"all {processes.num_processes}"
-        raise ValueError(
-            f"--coordinator {processes.coordinator}: expected {expected} processes to meet within {TIMEOUT} s: "
-            f"{said[-1]}"
+    # its input stays open as long as this process lives
+    with subprocess.Popen(
+        words, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as gone:
+        assert gone.stdout is not None
+        assert gone.stderr is not None
+        answer, said = gone.stdout.read(), gone.stderr.read()
+    if gone.returncode == _NOT_DETECTED:
+        raise ValueError(said.splitlines()[-1])
+    if gone.returncode:
+        return (
+            f"--coordinator {processes.coordinator}: not all processes came to meet within {TIMEOUT} s; this one goes "
+            "on without"
         )
     # under a scheduler JAX chooses this process's share of the machine's GPUs
-    visible = json.loads(done.stdout.splitlines()[-1])
+    visible = json.loads(answer.splitlines()[-1])
     for name in _VISIBLE:
         jax.config.update(name, visible[name])
+    return None
 
 
+_ROOT = Path(__file__).resolve().parent.parent
+_NOT_DETECTED = 3
 _VISIBLE = ("jax_cuda_visible_devices", "jax_rocm_visible_devices")
 
 
@@ -134,37 +148,75 @@ def visible_devices() -> dict[str, str]:
 
 
 def _go_to_meeting(words: str) -> None:
+    def leave_with_parent() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     try:
         connect(Processes(**json.loads(words)))
     except ValueError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(_NOT_DETECTED)
     print(json.dumps({name: jax.config.values[name] for name in _VISIBLE}), flush=True)
     jax.distributed.shutdown()
 
 
-class OutOfMemoryError(MemoryError):
+class OutOfMemoryError(RuntimeError):
     """A device has not memory enough for so many rows at once."""
 
     def __init__(self, device: str, rows: int, fitting: int, needed: int | None) -> None:
         self.fitting = fitting
         """Rows at once that were found to fit; 0 if not even one does."""
-        wants = "" if needed is None else f" ({needed / 1e9:.2g} GB each device)"
+        wants = "" if needed is None else f" ({needed / 2**20:,.1f} MiB each device)"
         fits = f"{fitting} fit" if fitting else "not even one fits"
         super().__init__(f"{device} is out of memory with {rows} at once{wants}: {fits}")
 
 
+class _TooLargeError(Exception):
+    """With the bytes needed, None where nothing says so."""
+
+    def __init__(self, needed: int | None) -> None:
+        self.needed = needed
+        super().__init__()
+
+
+_EXHAUSTED = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "ALLOC_FAILED")
+"""How the runtimes of CPU and GPU say that memory is out."""
+
+
+def _number(file: str) -> int | None:
+    """Returns the number in a file of the kernel's; None where there is none."""
+    try:
+        return int(Path(file).read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no such limit, or "max"
+        return None
+
+
 def free_memory(device: jax.Device) -> int | None:
-    """Returns the bytes that a device can still give; None where nothing says so."""
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
-    # a CPU's memory is the machine's, and a kernel that has none left kills without a word
+    """Returns the bytes that a device can still give; None where nothing says so.
+
+    Of a CPU this is the machine's memory, or what a container or a scheduler leaves of it, shared among the devices:
+    where it ends the kernel kills without a word.
+    """
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        return int(stats["bytes_limit"]) - int(stats["bytes_in_use"]) if "bytes_limit" in stats else None
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:  # not Linux
         return None
     kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-    return 1024 * kilobytes["MemAvailable"] // jax.local_device_count()
+    free = [1024 * kilobytes["MemAvailable"]]
+    folder = "/sys/fs/cgroup"
+    for limit, used in (
+        (f"{folder}/memory.max", f"{folder}/memory.current"),
+        (f"{folder}/memory/memory.limit_in_bytes", f"{folder}/memory/memory.usage_in_bytes"),
+    ):
+        most, now = _number(limit), _number(used)
+        if most is not None and now is not None:
+            free.append(most - now)
+    return min(free) // jax.local_device_count()
 
 
 def over_devices(function: Callable[..., Any], per_device: int) -> Callable[..., Any]:
@@ -196,7 +248,7 @@ def over_devices(function: Callable[..., Any], per_device: int) -> Callable[...,
             yield jax.device_put([array[chosen] for array in arrays], NamedSharding(mesh, by_row)), number - start
 
     def compute(arrays: tuple[Any, ...], size: int, *, only_first: bool = False) -> Any:
-        """The rows' results; MemoryError, with the bytes needed as far as they are known, if they do not fit."""
+        """Returns the rows' results; raises _TooLargeError if they do not fit."""
         done, needed = [], None
         try:
             for block, number in blocks(arrays, size):
@@ -205,32 +257,32 @@ def over_devices(function: Callable[..., Any], per_device: int) -> Callable[...,
                 program = programs[size]
                 sizes = program.memory_analysis()
                 needed = sizes and sizes.temp_size_in_bytes + sizes.output_size_in_bytes
-                free = free_memory(devices[0])
-                if needed and free is not None and needed > free:
-                    raise MemoryError(needed)
+                free = [free_memory(device) for device in devices]
+                if needed and any(each is not None and needed > each for each in free):
+                    raise _TooLargeError(needed)
                 done.append(jax.tree.map(lambda leaf, number=number: np.asarray(leaf)[:number], program(*block)))
                 if only_first:
                     break
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not any(word in str(error) for word in _EXHAUSTED):
                 raise
-            raise MemoryError(needed) from error
+            raise _TooLargeError(needed) from error
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *done)
 
     def mapped(*arrays: Any) -> Any:
         try:
             return compute(arrays, per_device)
-        except MemoryError as error:
+        except _TooLargeError as error:
             short = error
         fitting = per_device // 2
         while fitting:
             try:
                 compute(arrays, fitting, only_first=True)
-            except MemoryError:
+            except _TooLargeError:
                 fitting //= 2
             else:
                 break
-        raise OutOfMemoryError(devices[0].device_kind, per_device, fitting, *short.args) from short
+        raise OutOfMemoryError(devices[0].device_kind, per_device, fitting, short.needed) from short
 
     return mapped
 

@@ -108,7 +108,7 @@ def measure(
     """
     screen = screen or rich.console.Console(quiet=True)
     measured: dict[str, xr.Dataset] = {}
-    found = {"resumed": 0, "shared": 0}
+    found = 0
     with progress(screen) as bar:
         task = bar.add_task("measuring", total=len(pieces))
 
@@ -122,8 +122,8 @@ def measure(
             say(piece.label)
             return piece.measure()
 
-        how = "resumed"
-        while True:
+        is_waiting = False
+        while len(measured) < len(pieces):
             before = len(measured)
             for piece in [piece for piece in pieces if piece.name not in measured]:
                 own = functools.partial(make, piece)
@@ -132,19 +132,16 @@ def measure(
                     continue
                 part, was_there = got
                 measured[piece.name] = part.drop_attrs(deep=False)
-                found[how] += was_there
+                found += was_there
                 bar.advance(task)
-            if len(measured) == len(pieces):
-                break
-            if how == "resumed":
-                say("waiting for other processes")
-            how = "shared"
             if len(measured) == before:
+                if not is_waiting:
+                    missing = [piece.label for piece in pieces if piece.name not in measured]
+                    say(f"waiting for other processes, which measure {'; '.join(missing[:3])}")
+                is_waiting = True
                 time.sleep(_LOOK_AGAIN)
-    if found["resumed"]:
-        screen.print(f"resumed: {found['resumed']} of {len(pieces)} parts were already measured")
-    if found["shared"]:
-        screen.print(f"shared: {found['shared']} of {len(pieces)} parts were measured by other processes")
+    if found:
+        screen.print(f"{found} of {len(pieces)} parts were there already, or came from other processes")
     return [measured[piece.name] for piece in pieces]
 
 
@@ -291,11 +288,15 @@ def execute(experiment: Experiment, config: Any, options: Options) -> None:
 def _run(experiment: Experiment, config: Any, options: Options, screen: rich.console.Console) -> list[Path]:
     """Measures, alone or with other processes; returns the files that this one wrote."""
     file = options.out / f"{experiment.name}.nc"
+    with user_input():
+        alone = cluster.meet(options.processes)
+    if alone:
+        screen.print(alone, soft_wrap=True, highlight=False)
     parts = results.Parts(options.out, experiment=experiment.name, config=config_dict(config))
+    # one of several may have been started anew after the others had finished
+    unless_done = options.unless_done or options.processes.coordinator is not None
     with parts.membership():
-        with user_input():
-            cluster.meet(options.processes)
-        there = _finished(experiment, config, file) if options.unless_done else None
+        there = _finished(experiment, config, file) if unless_done else None
         if there is not None:
             screen.print(f"{file}: done before with these settings and sources", soft_wrap=True, highlight=False)
             return _show(experiment, there, options.out, screen)
@@ -336,7 +337,7 @@ class Options:
     show: Path | None = None
     """Show a stored result file instead of running: the table, the verdict, and the figure drawn again."""
     unless_done: bool = False
-    """Run only if the folder holds no result of these settings and sources yet."""
+    """Run only if the folder holds no result of these settings and sources yet; so with --coordinator."""
     processes: Annotated[cluster.Processes, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=cluster.Processes
     )

@@ -777,4 +777,6 @@ def main(driver: Driver, default: Any, arguments: Sequence[str] | None) -> None:
                 cluster.connect(given.options.processes)
         except UserError as error:
             command.fail(error, code=2)
+        except ConnectionError as error:
+            command.fail(error, code=1)
     execute(driver, given.config, out=given.options.out, show=given.options.show)

@@ -48,22 +48,25 @@ class Standing(NamedTuple):
     verdicts: tuple[Verdict, ...] = ()
 
 
-def _failures(folder: Path) -> dict[str, str]:
-    """What crashed in the last run into this folder, by name; an unreadable file holds nothing."""
+def _note(name: str, folder: Path) -> Path:
+    """Where it is written down why an experiment failed, if it did."""
+    return folder / "logs" / f"{name}.failed"
+
+
+def _failure(name: str, folder: Path) -> str | None:
+    """Why an experiment failed, unless it was made anew since."""
+    note, result = _note(name, folder), folder / f"{name}.nc"
     try:
-        found = json.loads((folder / "failures.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {str(name): str(reason) for name, reason in found.items()} if isinstance(found, dict) else {}
+        is_older = result.exists() and note.stat().st_mtime < result.stat().st_mtime
+        return None if is_older else note.read_text(encoding="utf-8")
+    except OSError:
+        return None
 
 
 def standing(experiment: Experiment, folder: Path, *, smoke: bool = False) -> Standing:
     """Returns what ``folder`` holds of an experiment, its verdicts recomputed from the stored data."""
     file = folder / f"{experiment.name}.nc"
-    failure = _failures(folder).get(experiment.name)
-    with contextlib.suppress(OSError):
-        if (folder / "failures.json").stat().st_mtime < file.stat().st_mtime:
-            failure = None  # made anew since, by the experiment's own command
+    failure = _failure(experiment.name, folder)
     try:
         dataset = results.load(file, experiment=experiment.name)
         checks, verdicts = tuple(experiment.verdict(dataset)), tuple(experiment.verdicts(dataset))
@@ -197,17 +200,6 @@ class Reproduced(NamedTuple):
     interrupted: bool
 
 
-def _note_failures(folder: Path, tried: Mapping[str, str | None]) -> None:
-    """Writes down why experiments failed, or (None) that they did not; what is noted of others stays."""
-    with results.lock(folder / "logs" / ".failures.lock", wait=True):
-        noted = {name: reason for name, reason in {**_failures(folder), **tried}.items() if reason is not None}
-        if not noted:
-            (folder / "failures.json").unlink(missing_ok=True)
-            return
-        with results.whole_file(folder / "failures.json") as temporary:
-            temporary.write_text(json.dumps(noted, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """Lets SIGTERM and SIGHUP end the run like an interruption from the keyboard, so that no child is left behind."""
@@ -215,7 +207,9 @@ def _terminable() -> Iterator[None]:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # but for one that is ignored, as under nohup
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
@@ -241,8 +235,6 @@ def reproduce(
                 raise UserError(f"{folder} holds full results, which --smoke would replace; choose another folder")
     done_before: set[str] = set()
     others: list[str] = []  # what is left to other machines at first
-    failures: dict[str, str] = {}
-    _note_failures(folder, dict.fromkeys(names))  # what crashed before is tried again
     processes, interrupted, lock = _Processes(), False, threading.Lock()
     with command.progress(screen) as bar, _terminable():
         whole = bar.add_task("all claims", total=len(names))
@@ -268,6 +260,7 @@ def reproduce(
 
         def attempt(name: str, log_file: Path) -> None:
             nonlocal interrupted
+            _note(name, folder).unlink(missing_ok=True)  # what crashed before is tried again
             try:
                 reason, seconds = _run_one(name, folder, log_file, smoke=smoke, processes=processes, bar=bar)
             except OSError as error:  # a full disk, say
@@ -276,8 +269,8 @@ def reproduce(
                 interrupted = True
                 return
             if reason is not None:
-                with lock:
-                    failures[name] = reason
+                with contextlib.suppress(OSError):  # a full disk: said on the screen alone
+                    _note(name, folder).write_text(reason, encoding="utf-8")
                 screen.print(f"[bold]{name}: crashed[/bold] after {seconds:.0f} s: ", end="")
                 screen.print(f"{reason} (logs/{log_file.name})", markup=False, highlight=False)
             else:
@@ -298,13 +291,10 @@ def reproduce(
                 if not isinstance(error, KeyboardInterrupt):
                     raise
                 interrupted = True
-        _note_failures(folder, failures)
     after = []
     for name, experiment in experiments.items():
         now = standing(experiment, folder, smoke=smoke)
-        if name in failures:
-            now = now._replace(state="crashed", reason=failures[name])
-        elif name in done_before and now.state == "done":
+        if name in done_before and now.state == "done":
             now = now._replace(state="done before")
         after.append(now)
     return Reproduced(after, interrupted)

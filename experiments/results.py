@@ -89,7 +89,13 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)  # mkstemp makes private files
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # the name must not outlive a power failure that the contents do not
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a write does not say where
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -175,21 +181,38 @@ def _locks(handle: int, kind: int) -> bool:
         fcntl.flock(handle, kind)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise NotWritableError(
+            f"{error.strerror}: expected a file system with locks (flock), as local disks and NFS 4 have; choose "
+            "another folder"
+        ) from error
     return True
+
+
+def _machine() -> dict[str, Any]:
+    """Returns what a part's numbers depend on beside settings and sources."""
+    names = ("jax_enable_x64", "jax_default_matmul_precision")
+    return {
+        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib")},
+        "backend": jax.default_backend(),
+        "device": jax.local_devices()[0].device_kind,
+        **{name: jax.config.values[name] for name in names},
+    }
 
 
 class Parts:
     """Finished parts of a run, kept so that an interrupted run resumes, and shared by the processes that work on it.
 
-    Parts live in a folder named by a digest of the configuration and of the code, so parts of another run are never
-    taken for this one's.  Each is written whole or not at all.  Locks spare the processes from making a part twice;
-    were one to fail, a part would be made twice and be the same, since it depends on the configuration alone.
+    Parts live in a folder named by a digest of configuration, code, versions of JAX and kind of device, so parts of
+    another run are never taken for this one's.  Each is written whole or not at all.  Locks, which have to hold among
+    all machines, spare the processes from making a part twice and tell who is still there.
     """
 
     def __init__(self, folder: Path, *, experiment: str, config: Mapping[str, Any]) -> None:
-        identity = json.dumps([experiment, config, source_digest(experiment)], sort_keys=True)
+        identity = json.dumps([experiment, config, source_digest(experiment), _machine()], sort_keys=True)
         self.folder = folder / f".parts-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
         self.experiment = f"part of {experiment}"  # never taken for a whole result
+        self._half_written = f".{experiment}-*"
 
     def _read(self, file: Path) -> xr.Dataset | None:
         if file.exists():
@@ -214,9 +237,8 @@ class Parts:
             if part is not None:
                 return part, True
             save(make().assign_attrs(experiment=self.experiment), file)
-            claim.unlink(missing_ok=True)
-        # read back, so that a run sees the same whether it made a part or found it
-        return load(file, experiment=self.experiment), False
+            # read back, so that a run sees the same whether it made a part or found it
+            return load(file, experiment=self.experiment), False
 
     @contextlib.contextmanager
     def membership(self) -> Iterator[None]:
@@ -246,22 +268,29 @@ class Parts:
             yield
             is_done = True
         finally:
-            if (is_done or not list(self.folder.glob("*.nc"))) and _locks(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            is_done |= (self.folder / _WRITTEN).exists() or not list(self.folder.glob("*.nc"))
+            fcntl.flock(handle, fcntl.LOCK_UN)  # of two that leave at once, one must see that it is the last
+            if is_done and _locks(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 self.discard()
             os.close(handle)
+            with contextlib.suppress(OSError):  # where an open file keeps its folder, as on NFS
+                self.folder.rmdir()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[bool]:
         """Yields whether this process is to write the whole result: the first one that has all parts."""
         with lock(self.folder / ".writing", wait=True):
+            for file in self.folder.parent.glob(self._half_written):  # of a process that was killed while it wrote
+                file.unlink(missing_ok=True)
             is_first = not (self.folder / _WRITTEN).exists()
             yield is_first
             (self.folder / _WRITTEN).touch()
 
     def discard(self) -> None:
         """Removes the parts."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            for file in self.folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            # the members' file last: without it the next one makes a folder of its own
+            for file in sorted(self.folder.iterdir(), key=lambda file: file.name == ".members"):
                 file.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # a process of a new run has come in meanwhile
                 self.folder.rmdir()

@@ -68,7 +68,7 @@ SMOKE = Config(cells=("vanilla", "lstm"), forget_biases=("1",), hidden_sizes=(4,
 
 def check(config: Config) -> None:
     """Raises UserError for settings that cannot be run."""
-    command.check_at_least(config, {"seeds": 1, "first_seed": 0, "lags": 2, "per_part": 1, "per_device": 1})
+    command.check_at_least(config, {"seeds": 1, "first_seed": 0, "lags": 3, "per_part": 1, "per_device": 1})
     for flag, values in (
         ("--cells", config.cells),
         ("--forget-biases", config.forget_biases),
@@ -114,7 +114,7 @@ def _measured(
 
     def of_seed(seed):
         key_params, key_xs = jax.random.split(jax.random.key(seed))
-        params, xs = cell.init(key_params), jax.random.normal(key_xs, (num_steps, hidden_size))
+        params, xs = cell.init(key_params), jax.random.normal(key_xs, (num_steps, hidden_size), "float32")
         full, direct = (
             rg.retention(cell, params, state, xs, of=memory, wrt=memory, path=path).log_norm for path in PATHS
         )
@@ -134,7 +134,7 @@ def _measure(
     except cluster.OutOfMemoryError as error:
         what = f"{cell_name}, N = {hidden_size}, T = {num_steps}: {error}"
         again = (
-            f"the same command with --per-device {error.fitting} runs"
+            f"this setting fits with --per-device {error.fitting}, with which all is measured anew"
             if error.fitting
             else "expected a smaller --lengths or --hidden-sizes"
         )
@@ -174,7 +174,10 @@ def run(
         for cell, bias, hidden_size, num_steps in every
         for seeds in groups
     ]
-    measured = iter(command.measure(pieces, parts=parts, screen=screen))
+    # what takes most memory first: if it does not fit, nothing has been measured in vain
+    order = sorted(range(len(pieces)), key=lambda index: -_size(every[index // len(groups)]))
+    found = command.measure([pieces[index] for index in order], parts=parts, screen=screen)
+    measured = iter([part for _, part in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])])
     dataset = xr.concat(
         [xr.concat([next(measured) for _ in groups], dim="seed") for _ in every], dim="setting"
     ).assign_coords(
@@ -190,6 +193,11 @@ def run(
     dataset.attrs = command.provenance("sweep", config, seconds=time.perf_counter() - started)
     summarise(dataset, _DESCRIPTIONS, _DESCRIPTIONS)
     return describe(dataset, _DESCRIPTIONS)
+
+
+def _size(setting: tuple[CellName, str | None, int, int]) -> int:
+    *_, hidden_size, num_steps = setting
+    return hidden_size * num_steps
 
 
 def _padded(lags: np.ndarray, number: int) -> np.ndarray:

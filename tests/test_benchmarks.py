@@ -82,7 +82,7 @@ def test_readme_shows_the_stored_numbers():
 
 def test_readme_table_is_replaced_between_its_markers_alone():
     readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    assert report.with_table(readme, ["  new"]) == f"before\n{report.BEGIN}\n\n  new\n\n{report.END}\nafter\n"
+    assert report.with_table(readme, ["new"]) == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
     with pytest.raises(ValueError, match="once each"):
         report.with_table("no markers", ["new"])
     with pytest.raises(ValueError, match="once each"):

@@ -149,7 +149,7 @@ def test_a_crash_is_reported_and_the_rest_goes_on(three, monkeypatch, capsys):
     assert [times_run(three, name) for name in NAMES] == ["01", "01", "01"]
     page = (three / "report.html").read_text(encoding="utf-8")
     assert "not whole" not in page
-    assert not (three / "failures.json").exists()
+    assert not list(three.rglob("*.failed"))
 
 
 @pytest.mark.slow  # a dozen processes
@@ -161,7 +161,7 @@ def test_a_picture_that_fails_takes_nothing_along_and_the_claim_is_tried_again(t
     assert "What follows is the older result." in page
     assert page.count("<img") == 2
     # also after the record of the failure is gone: without its picture a result is not finished
-    (three / "failures.json").unlink()
+    (three / "logs" / "bounds.failed").unlink()
     monkeypatch.delenv("INVENTED_bounds")
     assert states(run_all(three)) == ["done", "done before", "done before"]
     assert (three / "bounds.png").exists()
@@ -178,7 +178,7 @@ def test_two_machines_share_a_reproduction(three):
     assert [process.returncode for process in both] == [0, 0], said
     assert [sorted(times_run(three, name)) for name in NAMES] == [["0", "1"]] * 3, said
     assert not list(three.glob(".parts-*"))
-    assert not (three / "failures.json").exists()
+    assert not list(three.rglob("*.failed"))
     assert "not whole" not in (three / "report.html").read_text(encoding="utf-8")
 
 

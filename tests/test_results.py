@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,13 +49,15 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     file = tmp_path / "r.nc"
     results.save(dataset(1.0), file)
 
-    def full(self, path, **_):
-        path.write_bytes(b"half")
+    whole = Path.write_bytes
+
+    def full(path, content):
+        whole(path, content[: len(content) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(xr.Dataset, "to_netcdf", full)
-        with pytest.raises(OSError, match="No space left"):
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*r\.nc'"):
             results.save(dataset(2.0), file)
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.nc"]
     assert float(results.load(file, experiment="retention")["a"][0, 0]) == 1.0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -135,12 +137,15 @@ def test_rows_fill_up_blocks_and_come_back_in_order():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [2, 3, 4])
-def test_more_devices_give_the_same_bits(devices, undisturbed, tmp_path):
-    process = start("--out", str(tmp_path), *FLAGS, devices=devices)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    same(tmp_path, undisturbed)
+@pytest.mark.parametrize("devices", [2, 3])
+def test_more_devices_give_the_same_bits(devices, tmp_path):
+    """Parts of five seeds: two or three rounds of the devices, the last one not full."""
+    config = dataclasses.replace(TINY, per_part=5)
+    for number in (1, devices):
+        process = start("--out", str(tmp_path / f"{number}"), *command.flags(config).split(), devices=number)
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    same(tmp_path / f"{devices}", tmp_path / "1")
 
 
 @pytest.mark.parametrize("fitting", [0, 1, 3])
@@ -187,18 +192,51 @@ def test_an_allocation_that_fails_names_what_fits():
     assert done.returncode == 0, done.stderr
     fitting, _, message = done.stdout.partition(" ")
     assert 1 <= int(fitting) <= 8
-    assert f"is out of memory with 16 at once (4.3 GB each device): {fitting} fit" in message or "GB" in message
+    assert re.search(rf"is out of memory with 16 at once \(\d,\d+\.\d MiB each device\): {fitting} fit", message), message
 
 
-def test_the_sweep_says_with_what_it_would_run(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cluster, "free_memory", lambda device: 20_000)
-    config = sweep.Config(cells=("gru",), hidden_sizes=(8,), lengths=(50,), per_device=4, seeds=4)
+def test_the_sweep_names_seeds_at_once_that_fit(monkeypatch, tmp_path, capsys):
+    """The command named is then run, in the same memory."""
+    config = sweep.Config(
+        cells=("vanilla",), hidden_sizes=(8,), lengths=(50, 10), lags=5, seeds=4, per_part=4, per_device=4
+    )
+    sizes = {}
+    for rows in (1, 2, 4):
+        sweep._measured.cache_clear()
+        asked = []
+        monkeypatch.setattr(cluster, "free_memory", lambda device, asked=asked: asked.append(1))  # None: no limit
+        mapped = sweep._measured("vanilla", None, 8, 50, 5, rows)
+        mapped(np.arange(rows, dtype=np.uint32))
+        program = next(cell.cell_contents for cell in _cells(mapped) if isinstance(cell.cell_contents, dict))[rows]
+        analysis = program.memory_analysis()
+        sizes[rows] = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+    monkeypatch.setattr(cluster, "free_memory", lambda device: sizes[2])
     sweep._measured.cache_clear()
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         command.execute(sweep.EXPERIMENT, config, command.Options(out=tmp_path))
+    assert stopped.value.code == 2
     said = capsys.readouterr().err
-    assert "gru, N = 8, T = 50:" in said
-    assert "--per-device" in said or "--lengths" in said
+    assert "vanilla, N = 8, T = 50:" in said
+    assert "fits with --per-device 2," in said
+    again = dataclasses.replace(config, per_device=2)
+    command.execute(sweep.EXPERIMENT, again, command.Options(out=tmp_path))
+    assert not leftovers(tmp_path)
+
+
+def _cells(function):
+    """Everything that a function and the functions in it close over."""
+    for cell in function.__closure__ or ():
+        yield cell
+        if callable(cell.cell_contents) and getattr(cell.cell_contents, "__closure__", None):
+            yield from _cells(cell.cell_contents)
+
+
+def test_an_error_that_is_none_of_memory_stays_itself():
+    def broken(row):
+        raise MemoryError("of something else")
+
+    with pytest.raises(MemoryError, match="of something else"):
+        cluster.over_devices(broken, 2)(np.arange(2, dtype=np.float32))
 
 
 def test_free_memory_of_this_machine():
@@ -227,8 +265,43 @@ def test_processes_that_cannot_meet(given, message):
 
 
 def test_without_a_cluster_auto_says_so():
-    with pytest.raises(ValueError, match=r"--coordinator auto: expected all processes to meet .* found none"):
+    with pytest.raises(ValueError, match=r"--coordinator auto: expected a cluster that JAX detects.* found none"):
         cluster.meet(cluster.Processes("auto"))
+
+
+@pytest.mark.slow  # waits in vain
+def test_who_waits_in_vain_goes_on_alone(monkeypatch):
+    shorter = "import experiments.cluster as c; c.TIMEOUT = 3; c._go_to_meeting({!r})"
+    original = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda words, **more: original([words[0], "-c", shorter.format(words[-1])], **more)
+    )
+    said = cluster.meet(cluster.Processes(f"127.0.0.1:{free_port()}", 2, 0))
+    assert "not all processes came" in said
+    assert "goes on without" in said
+
+
+@pytest.mark.slow
+def test_a_meeting_ends_with_who_sent_it(tmp_path):
+    """kill -9 of a process that waits for the others: nothing of it is left, and the port is free again."""
+    port = free_port()
+    words = ["--smoke", "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", "0"]
+    process = start(*words, "--out", str(tmp_path))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as trying:
+            if trying.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with socket.socket() as trying:
+            if trying.connect_ex(("127.0.0.1", port)) != 0:
+                return
+        time.sleep(0.1)
+    pytest.fail("somebody still listens")
 
 
 @pytest.mark.slow
@@ -376,7 +449,7 @@ def test_a_full_disk_ends_the_sweep_and_loses_nothing(undisturbed, tmp_path):
     assert not list(folder.glob(".*.nc"))
     process = start(*words)
     said, _ = process.communicate(timeout=300)
-    assert "resumed: 5 of 16 parts were already measured" in said
+    assert "5 of 16 parts were there already" in said
     same(tmp_path, undisturbed)
     assert not leftovers(tmp_path)
 
@@ -409,6 +482,7 @@ def test_fifty_kills_change_nothing(undisturbed, tmp_path):
         folder = tmp_path / f"{rounds}"
         folder.mkdir()
         running: list[multiprocessing.process.BaseProcess] = []
+        ended: list[multiprocessing.process.BaseProcess] = []
         for _ in range(5):
             while len(running) < 2:
                 process = context.Process(target=_sweep_in_this_process, args=(str(folder),))
@@ -428,17 +502,21 @@ def test_fifty_kills_change_nothing(undisturbed, tmp_path):
                         break
                     ignored -= 1
                 time.sleep(0.001)
-            victim = chance.choice([process for process in running if process.is_alive()] or running)
-            if victim.is_alive():
-                victim.kill()
-                victim.join()
-                if victim.exitcode == -signal.SIGKILL:
-                    kills += 1
-                    moments[moment] += 1
+            victim = chance.choice(running)
+            victim.kill()
+            victim.join()
+            if victim.exitcode == -signal.SIGKILL:
+                kills += 1
+                moments[moment] += 1
+            ended += [process for process in running if not process.is_alive()]
             running = [process for process in running if process.is_alive()]
+        # one more that nobody disturbs
+        running.append(context.Process(target=_sweep_in_this_process, args=(str(folder),)))
+        running[-1].start()
         for process in running:
             process.join()
-        command.execute(sweep.EXPERIMENT, TINY, command.Options(out=folder, unless_done=True))
+        assert {process.exitcode for process in ended} <= {0, -signal.SIGKILL}
+        assert {process.exitcode for process in running} == {0}
         same(folder, undisturbed)
         assert not leftovers(folder)
     assert kills >= 50
