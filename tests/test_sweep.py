@@ -294,7 +294,7 @@ def test_a_meeting_ends_with_who_sent_it(tmp_path):
                 break
         time.sleep(0.1)
     process.kill()
-    process.wait()
+    process.communicate()
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         with socket.socket() as trying:
