@@ -167,6 +167,21 @@ def test_a_picture_that_fails_takes_nothing_along_and_the_claim_is_tried_again(t
     assert (three / "bounds.png").exists()
 
 
+def test_a_note_of_a_crash_counts_until_the_result_is_made_anew(three):
+    """Whoever made it: another machine, or the experiment's own command; a later crash of another one changes nothing."""
+    command.execute(invented("bounds"), Config(), command.Options(out=three))
+    (three / "logs").mkdir()
+    note = three / "logs" / "bounds.failed"
+    note.write_text("the reason", encoding="utf-8")
+    made = (three / "bounds.nc").stat().st_mtime
+    os.utime(note, (made + 1, made + 1))
+    at = reproduction.standing(invented("bounds"), three)
+    assert (at.state, at.reason) == ("crashed", "the reason")
+    os.utime(note, (made - 1, made - 1))
+    (three / "logs" / "retention.failed").write_text("another reason", encoding="utf-8")
+    assert reproduction.standing(invented("bounds"), three).state == "done"
+
+
 @pytest.mark.slow  # processes of processes
 def test_two_machines_share_a_reproduction(three):
     """Two drivers with one folder: what one is at is left to it, or joined at the end; all is made once."""
