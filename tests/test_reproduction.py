@@ -168,7 +168,7 @@ def test_a_picture_that_fails_takes_nothing_along_and_the_claim_is_tried_again(t
 
 
 def test_a_note_of_a_crash_counts_until_the_result_is_made_anew(three):
-    """Whoever made it: another machine, or the experiment's own command; a later crash of another one changes nothing."""
+    """Whoever made it: another machine, or its own command; a later crash of another experiment changes nothing."""
     command.execute(invented("bounds"), Config(), command.Options(out=three))
     (three / "logs").mkdir()
     note = three / "logs" / "bounds.failed"

@@ -192,7 +192,8 @@ def test_an_allocation_that_fails_names_what_fits():
     assert done.returncode == 0, done.stderr
     fitting, _, message = done.stdout.partition(" ")
     assert 1 <= int(fitting) <= 8
-    assert re.search(rf"is out of memory with 16 at once \(\d,\d+\.\d MiB each device\): {fitting} fit", message), message
+    expected = rf"is out of memory with 16 at once \(\d,\d+\.\d MiB each device\): {fitting} fit"
+    assert re.search(expected, message), message
 
 
 def test_the_sweep_names_seeds_at_once_that_fit(monkeypatch, tmp_path, capsys):
