@@ -110,10 +110,7 @@ class All:
         if jobs < 1:
             raise UserError(f"--jobs: expected at least 1, found {jobs}")
         folder = self.out or Path("out") / ("smoke" if self.smoke else "reproduce")
-        with command.user_input():
-            alone = cluster.meet(self.processes)
-        if alone:
-            screen.print(alone, soft_wrap=True, highlight=False)
+        command.meet(self.processes, screen)
         done = reproduce(names, folder, smoke=self.smoke, jobs=jobs, screen=screen)
         # the report is about all claims: those not asked for now may have been done before
         others = [name for name in registry.NAMES if name not in names]

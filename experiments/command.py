@@ -77,6 +77,14 @@ def keep_compiled() -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+def meet(processes: cluster.Processes, screen: rich.console.Console) -> None:
+    """Waits for the other processes, and says so if not all of them came (:func:`experiments.cluster.meet`)."""
+    with user_input():
+        alone = cluster.meet(processes)
+    if alone:
+        screen.print(alone, soft_wrap=True, highlight=False)
+
+
 def check_at_least(config: Any, least: Mapping[str, int]) -> None:
     """Raises UserError for a whole number below its least value; one that is None is left out."""
     for name, lowest in least.items():
@@ -288,10 +296,7 @@ def execute(experiment: Experiment, config: Any, options: Options) -> None:
 def _run(experiment: Experiment, config: Any, options: Options, screen: rich.console.Console) -> list[Path]:
     """Measures, alone or with other processes; returns the files that this one wrote."""
     file = options.out / f"{experiment.name}.nc"
-    with user_input():
-        alone = cluster.meet(options.processes)
-    if alone:
-        screen.print(alone, soft_wrap=True, highlight=False)
+    meet(options.processes, screen)
     parts = results.Parts(options.out, experiment=experiment.name, config=config_dict(config))
     # one of several may have been started anew after the others had finished
     unless_done = options.unless_done or options.processes.coordinator is not None
