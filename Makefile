@@ -15,7 +15,7 @@ STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run reproduce test slow check format bench docs notebooks clean
+.PHONY: help install run reproduce test slow optimised check format bench docs notebooks clean
 
 help: ## List the targets
 	@echo "rnngrad: how far back a recurrent network's gradient reaches"
@@ -24,7 +24,7 @@ help: ## List the targets
 	@echo
 	@echo '  PYTHON=python3.12      the interpreter that makes $(VENV) (default: python3)'
 	@echo '  ARGS="--help"          arguments of run, reproduce, bench and notebooks'
-	@echo '  PYTEST_ARGS="-k lstm"  arguments of test and slow'
+	@echo '  PYTEST_ARGS="-k lstm"  arguments of test, slow and optimised'
 
 install: $(STAMP) ## Make the virtual environment and install the pinned packages
 
@@ -34,12 +34,19 @@ run: $(STAMP) ## Retention of vanilla, LSTM and GRU on real text: a table and a 
 reproduce: $(STAMP) ## Try every claim again (some 40 minutes on two cores; resumes) and write out/reproduce/report.html
 	$(PY) -m experiments all $(ARGS)
 
-# Compiling dominates the fast tests and takes half the time without optimisation; the slow ones run what users run.
+# Compiling dominates the tests and takes less than half the time so; `optimised` tries the core as users compile it.
+QUICK  := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
+PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
+CORE   := tests/test_chains.py tests/test_unroll_derivative.py tests/test_logscaled.py tests/test_peers.py
+
 test: $(STAMP) ## Run the fast tests and the doctests
-	XLA_FLAGS=--xla_backend_optimization_level=0 $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 slow: $(STAMP) ## Run the slow tests
-	$(PY) -m pytest -n $(JOBS) --dist loadfile -m slow $(PYTEST_ARGS)
+	XLA_FLAGS="$(QUICK)" $(PYTEST) -m slow $(PYTEST_ARGS)
+
+optimised: $(STAMP) ## Run the fast tests of the core on optimised programs
+	$(PYTEST) -m "not slow" $(CORE) $(PYTEST_ARGS)
 
 check: $(STAMP) ## Lint, formatting and types; changes nothing
 	$(PY) -m ruff check .

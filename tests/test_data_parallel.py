@@ -23,12 +23,11 @@ from rnngrad.training.data_parallel import _is_shared
 from rnngrad.training.logs import scalars
 
 ROOT = Path(__file__).resolve().parent.parent
-_FLAGS = "--xla_backend_optimization_level=0"
 
 
 def _environment(num_devices):
-    """Compiling takes longer than everything else here."""
-    return os.environ | {"XLA_FLAGS": f"{_FLAGS} --xla_force_host_platform_device_count={num_devices}"}
+    flag = f"--xla_force_host_platform_device_count={num_devices}"
+    return os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}"}
 
 
 def _start(words, num_devices):

@@ -83,7 +83,7 @@ def test_a_notebook_holds_nothing_of_the_machine(name):
 def test_a_script_runs_within_a_minute_on_two_cores(name, tmp_path):
     """Work, not wall time: less than two minutes of processor time."""
     environment = os.environ | {"MPLBACKEND": "agg", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    environment.pop("XLA_FLAGS", None)
+    environment.pop("XLA_FLAGS", None)  # compiled as users compile it
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:__main__", str(ROOT / "examples" / f"{name}.py")],
@@ -98,6 +98,21 @@ def test_a_script_runs_within_a_minute_on_two_cores(name, tmp_path):
     assert len(done.stdout.splitlines()) > 10
     assert after.ru_utime - before.ru_utime < 120
     assert not list(tmp_path.iterdir()), "an example leaves nothing behind"
+
+
+@pytest.mark.slow
+def test_the_command_runs_a_script_as_a_notebook(tmp_path, monkeypatch):
+    from examples import make_notebooks
+
+    for name in ("MPLBACKEND", "JAX_PLATFORMS"):  # which the command sets
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    script = tmp_path / "tiny.py"
+    script.write_text("# %% [markdown]\n# Sum\n\n# %%\nprint(1 + 1)\n")
+    monkeypatch.setattr(make_notebooks, "SCRIPTS", [script])
+    assert make_notebooks.main(["--out", str(tmp_path / "out")]) == 0
+    text, code = json.loads((tmp_path / "out" / "tiny.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert text["cell_type"] == "markdown"
+    assert [output["text"] for output in code["outputs"]] == [["2\n"]]
 
 
 @pytest.mark.slow
