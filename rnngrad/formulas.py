@@ -27,7 +27,6 @@ arXiv 1406.1078 (GRU).  In place of sums over pairs of steps (t, k) one recursio
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -134,14 +133,9 @@ def slope(activation: str, value: Float[Array, "..."]) -> Float[Array, "..."]:
 
 # --- the run that is differentiated ----------------------------------------------------------------------------------
 
-# Cached, for a cell is static and two of them would compile twice. The dtype plays no part: it only draws weights.
-_vanilla = functools.cache(lambda D, N, activation: cells.vanilla(D, N, activation=activation))
-_lstm = functools.cache(cells.lstm)
-_gru = functools.cache(lambda D, N, reset: cells.gru(D, N, reset=reset))
-
 
 def _sizes(params: Params) -> tuple[int, int]:
-    """D and N, from W and U."""
+    """D and N, from W and U; the dtype of a cell plays no part here, it only draws weights."""
     return params.w_ih.shape[-1], params.w_hh.shape[-1]
 
 
@@ -192,7 +186,7 @@ def vanilla_gradients(
     >>> rg.formulas.vanilla_gradients(params, state, xs, rg.cells.VanillaState(only_last)).params.w_hh.shape
     (5, 5)
     """
-    run, before = _run(_vanilla(*_sizes(params), activation), params, state, xs, cotangents)
+    run, before = _run(cells.vanilla(*_sizes(params), activation=activation), params, state, xs, cotangents)
     U = params.w_hh
 
     def step(from_later, now):
@@ -233,7 +227,7 @@ def vanilla_jacobian(params: VanillaParams, state: VanillaState, x: Any, *, acti
     >>> rg.formulas.vanilla_jacobian(cell.init(jax.random.key(0)), cell.init_state(), jax.numpy.ones(3)).full.shape
     (5, 5)
     """
-    new, _ = _one_step(_vanilla(*_sizes(params), activation), params, state, x)
+    new, _ = _one_step(cells.vanilla(*_sizes(params), activation=activation), params, state, x)
     return StepJacobian(D=jnp.zeros_like(params.w_hh), G=_scale_rows(slope(activation, new.h), params.w_hh))
 
 
@@ -258,7 +252,7 @@ def _lstm_gradients(
     to_h_before: Callable[[Array], Array],
 ) -> LSTMGradients:
     """The pass back through an LSTM; ``to_h_before`` says what δz_{t+1}, all gates on one axis, adds to δh_t."""
-    run, before = _run(_lstm(*_sizes(params)), params, state, xs, cotangents)
+    run, before = _run(cells.lstm(*_sizes(params)), params, state, xs, cotangents)
 
     def step(from_later, now):
         dL, c_before, c, (i, f, g, o) = now
@@ -362,7 +356,7 @@ def truncated_lstm_gradients(params: LSTMParams, state: LSTMState, xs: Any, cota
 
 def _lstm_terms(params: LSTMParams, state: LSTMState, x: Any) -> tuple[LSTMState, LSTMGates, Array, Array]:
     """Returns s', the gates, ∂c'/∂h at held c, and U_o."""
-    new, gates = _one_step(_lstm(*_sizes(params)), params, state, x)
+    new, gates = _one_step(cells.lstm(*_sizes(params)), params, state, x)
     i, f, g, _ = gates
     U_i, U_f, U_g, U_o = jnp.split(params.w_hh, 4)
     dc_dh = (
@@ -475,7 +469,7 @@ def gru_after_gradients(params: GRUParams, state: GRUState, xs: Any, cotangents:
     >>> rg.formulas.gru_after_gradients(params, state, xs, ones).z.r.shape
     (7, 5)
     """
-    run, before = _run(_gru(*_sizes(params), "after"), params, state, xs, cotangents)
+    run, before = _run(cells.gru(*_sizes(params), reset="after"), params, state, xs, cotangents)
     U = params.w_hh
     _, _, U_n = jnp.split(U, 3)
 
@@ -544,7 +538,7 @@ def gru_before_gradients(params: GRUParams, state: GRUState, xs: Any, cotangents
     >>> rg.formulas.gru_before_gradients(params, state, xs, ones).z.r.shape
     (7, 5)
     """
-    run, before = _run(_gru(*_sizes(params), "before"), params, state, xs, cotangents)
+    run, before = _run(cells.gru(*_sizes(params), reset="before"), params, state, xs, cotangents)
     U_r, U_u, U_n = jnp.split(params.w_hh, 3)
 
     def step(from_later, now):
@@ -601,7 +595,7 @@ def gru_after_jacobian(params: GRUParams, state: GRUState, x: Any) -> StepJacobi
     >>> rg.formulas.gru_after_jacobian(cell.init(jax.random.key(0)), cell.init_state(), jax.numpy.ones(3)).full.shape
     (5, 5)
     """
-    _, (r, u, n, _) = _one_step(_gru(*_sizes(params), "after"), params, state, x)
+    _, (r, u, n, _) = _one_step(cells.gru(*_sizes(params), reset="after"), params, state, x)
     U_r, U_u, U_n = jnp.split(params.w_hh, 3)
     with jax.default_matmul_precision(MATMUL_PRECISION):
         m = U_n @ state.h + params.b_m
@@ -632,7 +626,7 @@ def gru_before_jacobian(params: GRUParams, state: GRUState, x: Any) -> StepJacob
     >>> rg.formulas.gru_before_jacobian(cell.init(jax.random.key(0)), cell.init_state(), jax.numpy.ones(3)).full.shape
     (5, 5)
     """
-    _, (r, u, n, _) = _one_step(_gru(*_sizes(params), "before"), params, state, x)
+    _, (r, u, n, _) = _one_step(cells.gru(*_sizes(params), reset="before"), params, state, x)
     U_r, U_u, U_n = jnp.split(params.w_hh, 3)
     with jax.default_matmul_precision(MATMUL_PRECISION):
         through_n = U_n @ (jnp.diag(r) + _scale_rows(state.h * r * (1 - r), U_r))

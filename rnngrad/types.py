@@ -15,7 +15,8 @@ sequence and ``xs: (T, B, D)`` with ``(B, N)`` a batch, by the same code.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ DTypeLike = Any
 """Anything `jnp.dtype` takes."""
 Real = float | int
 """A number; a runtime check of ``float`` alone refuses ``1``."""
+_Arguments = ParamSpec("_Arguments")
 Params = Any
 """Weights of a cell: any pytree of arrays."""
 State = Any
@@ -70,10 +72,10 @@ class ReadFn(Protocol):
 
 
 class Cell(NamedTuple):
-    """A recurrent cell: pure functions, static and hashable.  Build it once and pass it around.
+    """A recurrent cell: pure functions, static and hashable.
 
-    Two calls of a factory give two different cells as far as compilation is concerned, since functions compare by
-    identity; keep the cell and a jitted function of it compiles once.
+    Cells are equal when their functions are the same ones: a factory called again with the same arguments returns the
+    same cell (:func:`remembered`), so that what was compiled for it serves again.
     """
 
     name: str
@@ -88,6 +90,24 @@ class Cell(NamedTuple):
     def step(self, params: Params, state: State, x: Any) -> tuple[State, Gates]:
         """Returns ``(state', gates)``, one step of the cell."""
         return self.update(params, self.preactivate(params, state, x), state)
+
+
+def remembered(factory: Callable[_Arguments, Cell]) -> Callable[_Arguments, Cell]:
+    """Returns the factory with a memory of its last 256 cells: the same one for the same arguments.
+
+    Arguments that have no hash (an array as bias) give a new cell every time.
+    """
+    same: Callable[..., Cell] = functools.lru_cache(maxsize=256, typed=True)(factory)
+
+    @functools.wraps(factory)
+    def make(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Cell:
+        try:
+            hash((args, tuple(kwargs.values())))
+        except TypeError:
+            return factory(*args, **kwargs)
+        return same(*args, **kwargs)
+
+    return make
 
 
 class Trajectory(NamedTuple):

@@ -80,6 +80,39 @@ def test_readme_shows_the_stored_numbers():
     assert report.with_table(readme, report.readme_tables()) == readme
 
 
+def test_the_project_s_readme_quotes_the_stored_medians():
+    rows = [row for file in STORED.glob("*.json") for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+
+    def medians(*parts):
+        chosen = [row["value"] for row in rows if all(part in row["what"] for part in parts)]
+        assert chosen, parts
+        return chosen
+
+    def one(*parts):
+        (median,) = medians(*parts)
+        return median
+
+    def between(*values):
+        return f"{min(values):.1f} to {max(values):.1f}"
+
+    step = "time of the instrumented step / "
+    flax = [*medians(step, "linen.RNN"), *medians(step, "nnx.RNN")]
+    small, middle, large = medians(step, "torch.nn.LSTM")
+    readme = " ".join((report.README.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    for quoted in (
+        f"take {one('one jax.jacrev through the scan'):.1f} times as long as one `jax.jacrev` through the scan",
+        f"`jax.jacrev` per lag takes {one('time of jax.jacrev once per lag'):.0f} times as long",
+        f"`vmap(jacrev(step))` with a running product {one('vmap(jacrev(step)) and a running'):.1f} times",
+        f"PyTorch's hooks {one('PyTorch with retain_grad'):.0f} times",
+        f"costs {between(*medians(step, 'plain scan'))} of the plain scan's",
+        f"of `torch.nn.LSTM`'s {small:.1f}, {middle:.1f} and {large:.1f} at three sizes",
+        f"of `torch.nn.GRU`'s {between(*medians(step, 'torch.nn.GRU'))}",
+        f"of Flax's and Equinox's {between(*flax, *medians(step, 'Equinox'))}",
+        f"Two processes finish a sweep in {one('by 1 process, both cores, 2 devices'):.2f} of the time of one",
+    ):
+        assert quoted in readme, quoted
+
+
 def test_readme_table_is_replaced_between_its_markers_alone():
     readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     assert report.with_table(readme, ["new"]) == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"

@@ -6,14 +6,17 @@ Compiling dominates these tests, so that what several of them look at is compute
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import rnngrad as rg
 from rnngrad.jacobians import layout_of, step_pulls
+from rnngrad.types import remembered
 from tests.cases import CASES, INPUT_SIZE, as_matrix, example, flatten, point_at, rows, unflatten
 from tests.oracles import DIRECTS, JACOBIANS, ORACLES
 
@@ -241,3 +244,28 @@ def test_preactivation_is_affine_in_the_state(name, x64):
     at = [z(jnp.asarray(scale)) for scale in (-1.0, 0.5, 2.0)]
     second_difference = jax.tree.map(lambda a, b, c: a - 2 * b + c, *at)
     jax.tree.map(lambda leaf: np.testing.assert_allclose(leaf, 0, rtol=0, atol=1e-14), second_difference)
+
+
+@every_cell
+def test_the_same_arguments_give_the_same_cell(name):
+    make = CASES[name].make
+    one, again, other = make(3, 5, dtype="float32"), make(3, 5, dtype="float32"), make(3, 6, dtype="float32")
+    assert one == again
+    assert hash(one) == hash(again)
+    assert one != other
+
+
+def test_arguments_without_a_hash_give_a_cell_of_their_own_and_errors_stay():
+    @remembered
+    def make(size, bias):
+        if size < 1:
+            raise TypeError(f"expected a size of at least 1, found {size}")
+        return rg.map_cell(lambda state, x: state + bias)
+
+    assert make(3, 0.5) == make(3, 0.5)
+    assert make(3, 1) != make(3, 1.0)
+    assert make(3, np.ones(3)) != make(3, np.ones(3))
+    with pytest.raises(TypeError, match="found 0"):
+        make(0, 0.5)
+    assert rg.cells.lstm.__name__ == "lstm"
+    assert "forget_bias" in inspect.signature(rg.cells.lstm).parameters

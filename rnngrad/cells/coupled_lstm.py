@@ -22,7 +22,7 @@ from rnngrad import initializers
 from rnngrad.cells.linear import affine
 from rnngrad.cells.lstm import LSTMState
 from rnngrad.cells.vanilla import activation_function
-from rnngrad.types import Cell, DTypeLike, Real
+from rnngrad.types import Cell, DTypeLike, Real, remembered
 
 
 class CoupledLSTMParams(NamedTuple):
@@ -41,6 +41,7 @@ class CoupledLSTMGates(NamedTuple):
     o: Inexact[Array, "*batch N"]
 
 
+@remembered
 def coupled_lstm(
     input_size: int,
     hidden_size: int,

@@ -26,7 +26,7 @@ from jaxtyping import Array, Inexact
 
 from rnngrad import initializers
 from rnngrad.cells.linear import matvec, per_unit
-from rnngrad.types import Cell, DTypeLike, Real
+from rnngrad.types import Cell, DTypeLike, Real, remembered
 
 
 class GRUParams(NamedTuple):
@@ -57,6 +57,7 @@ class GRUGates(NamedTuple):
     a: Inexact[Array, "*batch N"]
 
 
+@remembered
 def gru(
     input_size: int,
     hidden_size: int,

@@ -23,7 +23,7 @@ from jaxtyping import Array, Inexact
 from rnngrad import initializers
 from rnngrad.cells.linear import matvec, per_unit
 from rnngrad.cells.vanilla import VanillaGates, VanillaState, activation_function
-from rnngrad.types import Cell, DTypeLike, Real
+from rnngrad.types import Cell, DTypeLike, Real, remembered
 
 
 class IndRNNParams(NamedTuple):
@@ -34,6 +34,7 @@ class IndRNNParams(NamedTuple):
     b: Inexact[Array, " N"]
 
 
+@remembered
 def indrnn(
     input_size: int,
     hidden_size: int,

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
 from rnngrad.cells.linear import matvec, per_unit
-from rnngrad.types import Cell, DTypeLike, Real
+from rnngrad.types import Cell, DTypeLike, Real, remembered
 
 
 class LRUParams(NamedTuple):
@@ -55,6 +55,7 @@ def eigenvalues(params: LRUParams) -> Complex[Array, " N"]:
     return jnp.exp(jax.lax.complex(-jnp.exp(params.nu_log), jnp.exp(params.theta_log)))
 
 
+@remembered
 def lru(
     input_size: int,
     hidden_size: int,

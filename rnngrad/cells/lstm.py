@@ -23,7 +23,7 @@ from jaxtyping import Array, Inexact
 from rnngrad import initializers
 from rnngrad.cells.linear import affine
 from rnngrad.cells.vanilla import activation_function
-from rnngrad.types import Cell, DTypeLike, Real
+from rnngrad.types import Cell, DTypeLike, Real, remembered
 
 
 class LSTMParams(NamedTuple):
@@ -50,6 +50,7 @@ class LSTMGates(NamedTuple):
     o: Inexact[Array, "*batch N"]
 
 
+@remembered
 def lstm(
     input_size: int,
     hidden_size: int,

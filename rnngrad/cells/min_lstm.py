@@ -22,7 +22,7 @@ from jaxtyping import Array, Inexact
 from rnngrad import initializers
 from rnngrad.cells.gru import GRUState
 from rnngrad.cells.linear import matvec, per_unit
-from rnngrad.types import Cell, DTypeLike, Real
+from rnngrad.types import Cell, DTypeLike, Real, remembered
 
 
 class MinLSTMParams(NamedTuple):
@@ -40,6 +40,7 @@ class MinLSTMGates(NamedTuple):
     n: Inexact[Array, "*batch N"]
 
 
+@remembered
 def min_lstm(
     input_size: int,
     hidden_size: int,

@@ -26,7 +26,7 @@ from rnngrad import initializers
 from rnngrad.cells.linear import affine, per_unit
 from rnngrad.cells.lstm import LSTMGates, LSTMState
 from rnngrad.cells.vanilla import activation_function
-from rnngrad.types import Cell, DTypeLike, Real
+from rnngrad.types import Cell, DTypeLike, Real, remembered
 
 
 class PeepholeLSTMParams(NamedTuple):
@@ -40,6 +40,7 @@ class PeepholeLSTMParams(NamedTuple):
     p_o: Inexact[Array, " N"]
 
 
+@remembered
 def peephole_lstm(
     input_size: int,
     hidden_size: int,

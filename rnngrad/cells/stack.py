@@ -18,7 +18,7 @@ import itertools
 
 import jax
 
-from rnngrad.types import Cell
+from rnngrad.types import Cell, remembered
 
 
 @functools.cache
@@ -27,6 +27,7 @@ def _layers_type(num_layers: int) -> type:
     return collections.namedtuple("Layers", [f"layer_{index}" for index in range(num_layers)])
 
 
+@remembered
 def stack(*cells: Cell) -> Cell:
     """Returns one cell made of layers, the first one nearest to the input.
 

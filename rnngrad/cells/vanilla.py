@@ -21,7 +21,7 @@ from jaxtyping import Array, Inexact
 
 from rnngrad import initializers
 from rnngrad.cells.linear import affine
-from rnngrad.types import Cell, DTypeLike, Real
+from rnngrad.types import Cell, DTypeLike, Real, remembered
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
@@ -62,6 +62,7 @@ def activation_function(name: str) -> Callable[[Array], Array]:
     return ACTIVATIONS[name]
 
 
+@remembered
 def vanilla(
     input_size: int,
     hidden_size: int,
