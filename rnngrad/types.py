@@ -15,6 +15,7 @@ sequence and ``xs: (T, B, D)`` with ``(B, N)`` a batch, by the same code.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, Protocol, runtime_checkable
 
@@ -74,8 +75,8 @@ class ReadFn(Protocol):
 class Cell(NamedTuple):
     """A recurrent cell: pure functions, static and hashable.
 
-    Cells are equal when their functions are the same ones: a factory called again with the same arguments returns the
-    same cell (:func:`remembered`), so that what was compiled for it serves again.
+    Cells are equal when their functions are the same ones.  A factory called again with the same plain arguments
+    returns the same cell (:func:`remembered`), so that what was compiled for it serves again; else keep the cell.
     """
 
     name: str
@@ -92,20 +93,33 @@ class Cell(NamedTuple):
         return self.update(params, self.preactivate(params, state, x), state)
 
 
+_remembered: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The functions of remembered cells."""
+
+
+def _never_changes(value: Any) -> bool:
+    if isinstance(value, Cell):
+        return all(function in _remembered for function in value[2:])
+    if type(value) is tuple:
+        return all(type(entry) is float for entry in value)
+    return value is None or isinstance(value, str | int | float | np.dtype | type)
+
+
 def remembered(factory: Callable[_Arguments, Cell]) -> Callable[_Arguments, Cell]:
     """Returns the factory with a memory of its last 256 cells: the same one for the same arguments.
 
-    Arguments that have no hash (an array as bias) give a new cell every time.
+    Only of plain arguments: numbers, names, dtypes, and cells made of these.  Any other (a function that draws weights,
+    say) might change, or hold arrays that should not be kept, and gives a new cell every time.
     """
     same: Callable[..., Cell] = functools.lru_cache(maxsize=256, typed=True)(factory)
 
     @functools.wraps(factory)
     def make(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Cell:
-        try:
-            hash((args, tuple(kwargs.values())))
-        except TypeError:
+        if not all(map(_never_changes, (*args, *kwargs.values()))):
             return factory(*args, **kwargs)
-        return same(*args, **kwargs)
+        cell = same(*args, **kwargs)
+        _remembered.update(cell[2:])
+        return cell
 
     return make
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -247,7 +247,7 @@ def test_preactivation_is_affine_in_the_state(name, x64):
 
 
 @every_cell
-def test_the_same_arguments_give_the_same_cell(name):
+def test_the_same_plain_arguments_give_the_same_cell(name):
     make = CASES[name].make
     one, again, other = make(3, 5, dtype="float32"), make(3, 5, dtype="float32"), make(3, 6, dtype="float32")
     assert one == again
@@ -255,17 +255,48 @@ def test_the_same_arguments_give_the_same_cell(name):
     assert one != other
 
 
-def test_arguments_without_a_hash_give_a_cell_of_their_own_and_errors_stay():
+class Constant(NamedTuple):
+    value: float
+
+    def __call__(self, key, num_gates, hidden_size, input_size, dtype):
+        return jnp.full((num_gates * hidden_size, hidden_size), self.value, dtype)
+
+
+class Diagonal(Constant):
+    def __call__(self, key, num_gates, hidden_size, input_size, dtype):
+        return jnp.asarray(self.value, dtype) * jnp.eye(num_gates * hidden_size, hidden_size, dtype=dtype)
+
+
+def test_what_draws_weights_is_never_taken_for_another():
+    preset = rg.initializers.resolve("torch", "vanilla")
+    for draw, expected in ((Constant(0.5), np.full((2, 2), 0.5)), (Diagonal(0.5), 0.5 * np.eye(2))):
+        cell = rg.cells.vanilla(2, 2, init=preset._replace(w_hh=draw))
+        np.testing.assert_array_equal(cell.init(jax.random.key(0)).w_hh, expected)
+        assert rg.cells.stack(cell) != rg.cells.stack(cell)
+    lstm = rg.cells.lstm(2, 2)
+    changed = lstm._replace(init_state=lambda batch_shape=(): lstm.init_state(batch_shape))
+    assert rg.cells.stack(lstm) == rg.cells.stack(lstm)
+    assert rg.cells.stack(changed) != rg.cells.stack(changed)
+
+
+def test_a_factory_runs_once_for_plain_arguments_and_its_errors_stay():
+    calls = []
+
     @remembered
-    def make(size, bias):
+    def make(size, bias=0.0):
+        """About it."""
+        calls.append(size)
         if size < 1:
             raise TypeError(f"expected a size of at least 1, found {size}")
         return rg.map_cell(lambda state, x: state + bias)
 
     assert make(3, 0.5) == make(3, 0.5)
+    assert calls == [3]
     assert make(3, 1) != make(3, 1.0)
     assert make(3, np.ones(3)) != make(3, np.ones(3))
+    calls.clear()
     with pytest.raises(TypeError, match="found 0"):
         make(0, 0.5)
-    assert rg.cells.lstm.__name__ == "lstm"
-    assert "forget_bias" in inspect.signature(rg.cells.lstm).parameters
+    assert calls == [0]
+    assert make.__doc__ == "About it."
+    assert list(inspect.signature(make).parameters) == ["size", "bias"]

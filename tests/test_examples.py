@@ -100,22 +100,30 @@ def test_a_script_runs_within_a_minute_on_two_cores(name, tmp_path):
     assert not list(tmp_path.iterdir()), "an example leaves nothing behind"
 
 
+@pytest.fixture
+def environment_of_the_command(monkeypatch):
+    """What the command sets is set back afterwards; programs are compiled as users compile them."""
+    for name in ("MPLBACKEND", "JAX_PLATFORMS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("environment_of_the_command")
 def test_the_command_runs_a_script_as_a_notebook(tmp_path, monkeypatch):
     from examples import make_notebooks
 
-    for name in ("MPLBACKEND", "JAX_PLATFORMS"):  # which the command sets
-        monkeypatch.setenv(name, os.environ.get(name, ""))
-    script = tmp_path / "tiny.py"
-    script.write_text("# %% [markdown]\n# Sum\n\n# %%\nprint(1 + 1)\n")
-    monkeypatch.setattr(make_notebooks, "SCRIPTS", [script])
-    assert make_notebooks.main(["--out", str(tmp_path / "out")]) == 0
-    text, code = json.loads((tmp_path / "out" / "tiny.ipynb").read_text(encoding="utf-8"))["cells"]
-    assert text["cell_type"] == "markdown"
-    assert [output["text"] for output in code["outputs"]] == [["2\n"]]
+    monkeypatch.setattr(make_notebooks, "SCRIPTS", [ROOT / "examples" / "first_look.py"])
+    assert make_notebooks.main(["--out", str(tmp_path)]) == 0
+    made = json.loads((tmp_path / "first_look.ipynb").read_text(encoding="utf-8"))
+    outputs = [output for cell in made["cells"] for output in cell.get("outputs", [])]
+    assert [output["output_type"] for output in outputs] == [output["output_type"] for output in _outputs("first_look")]
+    assert all(output.get("name", "stdout") == "stdout" for output in outputs)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("environment_of_the_command")
 def test_a_cell_that_fails_fails_the_command(tmp_path, monkeypatch, capsys):
     from examples import make_notebooks
 

@@ -247,6 +247,7 @@ def test_norms_of_tiny_and_large_numbers():
     np.testing.assert_allclose(found, [math.log(5e-30), -math.inf, math.log(5e30)], rtol=1e-6)
 
 
+@pytest.mark.compiled
 @pytest.mark.slow
 def test_overhead_of_the_default_interval():
     """Work, not seconds: one measurement, of 8 sequences out of 32, costs less than a fifth of a step's operations.

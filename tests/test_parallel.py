@@ -471,6 +471,7 @@ CELLS = {
 }
 
 
+@pytest.mark.compiled
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "num_steps", "budget", "options"),
@@ -492,6 +493,7 @@ def test_chains_keep_the_budget(name, num_steps, budget, options):
     assert 0.2 * budget < held <= budget or (held <= budget and name == "gru")  # the gru's fits as a whole
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     ("name", "num_steps", "budget"),
     [

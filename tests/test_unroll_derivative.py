@@ -131,6 +131,7 @@ def test_checkpointed_run_is_the_same(every, x64):
     close(both({"checkpoint_every": every}), both({}))
 
 
+@pytest.mark.compiled
 def test_checkpointed_run_needs_less_memory():
     cell = rg.cells.lstm(8, 64)
     params, state, xs = cell.init(jax.random.key(0)), cell.init_state(), jnp.ones((1024, 8))
@@ -311,6 +312,7 @@ print("ok")
 """
 
 
+@pytest.mark.compiled
 @pytest.mark.slow
 def test_sharded_over_the_batch():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"

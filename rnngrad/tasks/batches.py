@@ -39,7 +39,7 @@ class BatchFn(Protocol):
 class Task(NamedTuple):
     """A task: where batches come from, and what a network for them looks like.
 
-    Functions compare by identity, so build a task once and keep it, as with a :class:`rnngrad.Cell`.
+    Functions compare by identity, so build a task once and keep it.
     """
 
     name: str

@@ -90,7 +90,7 @@ class InitStateFn(Protocol):
 
 
 class Model(NamedTuple):
-    """Layers, embedding and read-out as pure functions; static and hashable, so build it once, like a Cell."""
+    """Layers, embedding and read-out as pure functions; static and hashable; two calls give two models, so keep it."""
 
     layers: tuple[Cell, ...]
     output_size: int
